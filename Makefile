@@ -1,0 +1,28 @@
+# `make test` and `make train` set everything up on first use; see setup.sh.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.fastafd-setup
+
+.PHONY: setup train test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt setup.sh
+	@PYTHON="$(PYTHON)" bash setup.sh
+	@touch $@
+
+# make train ARGS="--arch wrn34_10"; without ARGS: the data set that ships with the dependencies, on any machine
+train: $(STAMP)
+	$(BIN)/python -m fastafd.train $(or $(ARGS),--recipe digits)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastafd kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""Files of weights and of whole runs: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastafd.config import RunError, UsageError
+from fastafd.models import build_model
+
+CONTAINERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema", "net", "last")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it; RunError, and no trace, where that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"{path}: cannot be written: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text))
+
+
+def save_run(path: Path, state: dict[str, Any]) -> None:
+    """Everything that a run needs to go on."""
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """What `save_run` wrote, on the CPU. UsageError for a missing, truncated or foreign file."""
+    state = _load_pickle(path)
+    if not isinstance(state, dict) or "progress" not in state:
+        raise UsageError(f"resume: {path} is not a checkpoint of a fastafd run")
+    return state
+
+
+# -- weights of one classifier ------------------------------------------------------------------------------------
+
+
+def save_model(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
+    """A classifier as safetensors; `about` (arch, num_classes, image_size, normalize, …) travels in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    header = {"fastafd": json.dumps(about), "format": "pt"}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The classifier of a run folder or of a `model.safetensors`, in eval mode: [0,1] pixels in, logits out.
+
+    Raises UsageError for a path that is neither.
+    """
+    net, _ = load_model_about(Path(path))
+    return net.to(device)
+
+
+def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_model` and what the file's header says of it."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise UsageError(f"model: got {path}, takes a run folder with a model.safetensors, or such a file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("fastafd", "null"))
+    except (SafetensorError, OSError):
+        raise UsageError(f"model: {file} is not a safetensors file; for other weights give --arch and --weights") from None
+    if about is None:
+        raise UsageError(f"model: {file} does not say which classifier it holds; give --arch and --weights")
+    net = build_model(about["arch"], about["num_classes"], about["normalize"])
+    fit_weights(net, load_weights(file), file)
+    return net.eval(), about
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, whatever it is wrapped in: safetensors, or a pickle of tensors alone.
+
+    Takes `state_dict`, `model`, `net` … containers off, and `module.` and `_orig_mod.` prefixes, as often as they
+    stand there. UsageError for a missing, truncated or foreign file.
+    """
+    if not path.is_file():
+        raise UsageError(f"weights: got {path}, takes a file of weights, and there is none")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"weights: {path} is no whole safetensors file: {error}") from None
+    state = _load_pickle(path)
+    while isinstance(state, dict) and not any(isinstance(value, Tensor) for value in state.values()):
+        inner = next((state[name] for name in CONTAINERS if isinstance(state.get(name), dict)), None)
+        if inner is None:
+            break
+        state = inner
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"weights: {path} holds no state dict")
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return {_strip(name): value for name, value in tensors.items()}
+
+
+def fit_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
+    """Load `weights` strictly into `net`. UsageError that names what does not fit."""
+    own = net.state_dict()
+    if "normalize.mean" in own and "normalize.mean" not in weights and not any(n.startswith("model.") for n in weights):
+        weights = {f"model.{name}": value for name, value in weights.items()}
+        weights |= {name: own[name] for name in ("normalize.mean", "normalize.std")}
+    if "normalize.mean" in weights and "normalize.mean" not in own:
+        raise UsageError(f"weights: {source} carries a normalisation layer; say which with --normalize")
+    # TRADES' WRNs carry a copy of block1 that no forward pass reads; counters are absent from old files.
+    weights = {name: value for name, value in weights.items() if not name.startswith(("sub_block1.", "model.sub_block1."))}
+    for name, value in own.items():
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, value)
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or extra:
+        problem = f"no {missing[0]}" if missing else f"an unknown {extra[0]}"
+        raise UsageError(
+            f"weights: {source} does not fit the architecture: {len(missing)} missing and {len(extra)} unknown"
+            f" tensors, among them {problem}"
+        )
+    for name, value in own.items():
+        if weights[name].shape != value.shape:
+            raise UsageError(
+                f"weights: {source} does not fit the architecture: {name} is {tuple(weights[name].shape)},"
+                f" takes {tuple(value.shape)}"
+            )
+    net.load_state_dict(weights)
+
+
+def _strip(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
+    return name
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"weights: got {path}, and there is no such file") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = "it holds more than tensors" if "weights_only" in str(error).lower() else "it is truncated or no PyTorch file"
+        raise UsageError(f"weights: {path} cannot be read: {reason}") from None

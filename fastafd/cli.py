@@ -1,0 +1,165 @@
+"""A command line from a dataclass of settings: one flag a field, a YAML file, and one line for every mistake.
+
+jsonargparse reads flags and files; which value is right, and what is said of a wrong one, is each field's own parser.
+Later wins: the dataclass's defaults (a recipe's), then `--config FILE`, then flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import yaml
+
+from fastafd.checkpoint import save_text
+from fastafd.config import RunError, UsageError
+from fastafd.loop import Stopped
+
+
+def parse(defaults: Any, argv: list[str], prog: str) -> Any:
+    """The config that `argv` makes of the dataclass instance `defaults`. UsageError for anything it does not take."""
+    parser = _Parser(prog=f"python -m {prog}", allow_abbrev=False, add_help=True)
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as a run folder's config.yaml")
+    entries = list(_entries(defaults))
+    for name, value, field in entries:
+        shown = f"{field.metadata['help']} [{_plain(value)}]"
+        convert = _converter(field, name)
+        parser.add_argument("--" + name.replace("_", "-"), default=value, help=shown.replace("%", "%%"), type=convert)
+    found = parser.parse_args(argv)
+    return build(defaults, {name: found[name] for name, _, _ in entries})
+
+
+def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """A copy of `defaults` with its settings taken from `values`, by dotted name."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = prefix if field.metadata.get("flat") else f"{prefix}{field.name}."
+            changes[field.name] = build(value, values, inner)
+        elif prefix + field.name in values:
+            changes[field.name] = values[prefix + field.name]
+    return dataclasses.replace(defaults, **changes)
+
+
+def to_yaml(config: Any) -> str:
+    """All settings, as `--config` reads them."""
+    tree: dict[str, Any] = {}
+    for name, value, _ in _entries(config):
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = _plain(value)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. UsageError for one that holds none."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"config: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"config: {path} holds no settings, takes lines such as 'lr: 0.01'")
+    return found
+
+
+def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
+    """Run a verb: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving. One line for each but 0."""
+    try:
+        _stop_on_signals()
+        main(argv)
+        code, line = 0, ""
+    except UsageError as error:
+        code, line = 2, f"error: {error}"
+    except RunError as error:
+        code, line = 1, f"error: {error}"
+    except Stopped as stop:
+        code, line = 75, str(stop)
+    except BrokenPipeError:
+        code, line = 1, ""
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        code, line = 1, f"error: {error.filename}: {error.strerror}"
+    except Exception:
+        traceback.print_exc()
+        code, line = 1, "error: this is a bug in fastafd, not a mistake of yours; the lines above are what a report needs"
+    if line:
+        print(re.sub(r"\s+", " ", line), file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _stop_on_signals() -> None:
+    """Outside the training loop, which saves first, the first signal ends the verb with 75, a second SIGINT with 130."""
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if asked and number == signal.SIGINT:
+            os._exit(130)
+        asked.append(number)
+        raise Stopped(f"stopped by {signal.Signals(number).name}; what was finished is saved")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+class _Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+    """jsonargparse's parser with this project's error lines."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unrecognised = re.search(r"unrecognized arguments: (\S+)", message)
+        foreign_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
+        lonely = re.search(r"argument (\S+): expected one argument", message)
+        if unrecognised:
+            got = unrecognised[1].split("=")[0]
+            near = difflib.get_close_matches(got, flags, n=1, cutoff=0.5)
+            raise UsageError(f"{got}: no such flag{f' (did you mean {near[0]}?)' if near else '; --help lists them'}")
+        if foreign_key:
+            names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
+            near = difflib.get_close_matches(foreign_key[1], names, n=1, cutoff=0.5)
+            raise UsageError(f"{foreign_key[1]}: no such setting{f' (did you mean {near[0]}?)' if near else ''}")
+        if lonely:
+            raise UsageError(f"{lonely[1]}: takes a value")
+        raise UsageError(re.sub(r'Parser key "([^"]+)":', r"\1:", message))
+
+
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted name, value, field) of every setting, those of flat parts under their own names."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _entries(value, prefix if field.metadata.get("flat") else f"{prefix}{field.name}.")
+        elif "help" in field.metadata:
+            yield prefix + field.name, value, field
+
+
+def _converter(field: dataclasses.Field[Any], name: str) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        return field.metadata["parse"](value, name)
+
+    return convert
+
+
+def _plain(value: Any) -> Any:
+    """A setting as YAML writes it."""
+    if isinstance(value, tuple):
+        return [list(pair) for pair in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """`config.yaml` of a run folder."""
+    save_text(folder / "config.yaml", to_yaml(config))

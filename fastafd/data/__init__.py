@@ -1,0 +1,23 @@
+"""Data: sources of uint8 images, the .beton cache, three loaders that deliver the same batches, and augmentation."""
+
+from fastafd.data.augment import Augment, crop_flip, to_unit
+from fastafd.data.beton import ensure_beton
+from fastafd.data.loaders import LOADERS, Loader, epoch_order, make_loader
+from fastafd.data.sources import DATASETS, ArraySplit, Dataset, FolderSplit, Split, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "LOADERS",
+    "ArraySplit",
+    "Augment",
+    "Dataset",
+    "FolderSplit",
+    "Loader",
+    "Split",
+    "crop_flip",
+    "ensure_beton",
+    "epoch_order",
+    "load_dataset",
+    "make_loader",
+    "to_unit",
+]

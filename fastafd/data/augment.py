@@ -1,0 +1,63 @@
+"""Random crop and horizontal flip on the device that holds the batch, from draws of one seeded CPU generator.
+
+The draws are made on the CPU so that they are the same whatever the device, the loader or the kernel that applies
+them, and so that one small generator state makes a resumed run continue with the very same pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Images as the model takes them: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
+    # (B,H,W,3) seen as (B,3,H,W) is channels_last already, and .to keeps the strides: no second copy.
+    return x.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+def crop_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Zero-pad, crop at `offsets`, then mirror where `flips`, as one gather.
+
+    x uint8 (B,H,W,3); offsets int64 (B,2), row and column in 0..2*padding; flips bool (B,); all on one device.
+    Returns float32 (B,3,H,W) in [0,1], channels_last.
+    """
+    batch, height, width, _ = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    column = torch.arange(width, device=x.device)
+    rows = offsets[:, :1] + torch.arange(height, device=x.device)  # (B,H)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - column, column)  # (B,W), the crop read backwards
+    images = torch.arange(batch, device=x.device)
+    return to_unit(padded[images[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+
+class Augment:
+    """Random crop of zero-padded images, then a random horizontal flip: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1].
+
+    `generator` is the CPU torch.Generator of all draws; saving and restoring its state makes a run resume step-exact.
+    """
+
+    def __init__(self, padding: int, flip: bool, seed: int) -> None:
+        self.padding = padding
+        self.flip = flip
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Crop offsets int64 (B,2) in 0..2*padding and flips bool (B,), on the CPU; what is off draws nothing."""
+        offsets = torch.zeros(batch, 2, dtype=torch.int64)
+        flips = torch.zeros(batch, dtype=torch.bool)
+        if self.padding:
+            offsets.random_(0, 2 * self.padding + 1, generator=self.generator)
+        if self.flip:
+            flips.random_(0, 2, generator=self.generator)
+        return offsets, flips
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Augment a batch on its own device: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
+        if not self.padding and not self.flip:
+            return to_unit(x)
+        offsets, flips = self.draw(len(x))
+        if x.is_cuda:  # pinned, so that the copies do not make the host wait for the device
+            offsets, flips = offsets.pin_memory(), flips.pin_memory()
+        offsets, flips = offsets.to(x.device, non_blocking=True), flips.to(x.device, non_blocking=True)
+        return crop_flip(x, offsets, flips, self.padding)

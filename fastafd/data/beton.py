@@ -1,0 +1,212 @@
+"""The .beton cache: a split's uint8 images in FFCV's file format, written once and checked before each use.
+
+The file is made by FFCV's DatasetWriter, but in this process: its worker processes leave the writer waiting for ever
+when one of them fails (a full disk, a corrupt image). A raw copy of pixels is fast enough without them, and one
+writer makes the same bytes each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from fastafd.config import RunError
+from fastafd.data.sources import Split
+
+Report = Callable[[str], None]
+BLOCK = 256  # images decoded at a time while writing
+LINE_EVERY_S = 10.0  # progress lines where there is no terminal
+
+
+def import_ffcv() -> ModuleType:
+    """FFCV, kept from changing torch's thread count: it sets it to 1 on import, and again from its loader thread.
+
+    Raises whatever the import raises; a shared library that is absent is an OSError or an ImportError.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    import ffcv
+    import numba
+    from ffcv.pipeline.compiler import Compiler
+
+    torch.set_num_threads(threads)
+
+    def set_num_threads(n: int) -> None:
+        Compiler.num_threads = n if n > 0 else len(os.sched_getaffinity(0))
+        numba.set_num_threads(Compiler.num_threads)
+
+    Compiler.set_num_threads = set_num_threads
+    return ffcv
+
+
+def ensure_beton(split: Split, name: str, folder: Path, report: Report) -> Path:
+    """The .beton file of `split` in `folder`, `<name>-<fingerprint>.beton`; written, or rebuilt, where it is not sound.
+
+    A file whose size, header or content is not what its side file (.json) says is rebuilt, and one line says so.
+    Raises RunError when the folder cannot be written (a full disk), and UsageError when a source image cannot be read;
+    neither leaves anything behind.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / f"{name}-{split.fingerprint[:12]}.beton"
+    side = path.with_suffix(".json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fault = find_fault(path, side, split)
+        if fault is None:
+            return path
+        others = sorted(other.name for other in folder.glob(f"{name}-{'[0-9a-f]' * 12}.beton") if other != path)
+        if path.exists():
+            report(f"{path.name}: {fault}; rebuilding it from its source")
+        elif others:
+            report(f"{path.name}: the source is not that of {others[-1]} (other images or size); writing a new file")
+        write(split, path, side, report)
+    except OSError as error:
+        raise RunError(
+            f"cache: cannot write {path} ({error.strerror or error}); make room, set FASTAFD_CACHE to another folder, "
+            "or take the loader resident"
+        ) from error
+    return path
+
+
+def find_fault(path: Path, side: Path, split: Split) -> str | None:
+    """What is wrong with a .beton file, by its side file, or None; a file that was only touched or copied is sound."""
+    if not path.exists():
+        return "it is not there"
+    try:
+        written = json.loads(side.read_text())
+        found = describe(path, split)
+    except (OSError, ValueError) as error:
+        return f"it cannot be checked ({error})"
+    if not isinstance(written, dict):
+        return "its side file is no JSON object"
+    for key, value in found.items():
+        if key != "mtime_ns" and written.get(key) != value:
+            return f"{key} is {value}, was {written.get(key)} when written"
+    if written.get("mtime_ns") != found["mtime_ns"]:
+        # Copied, touched, or written by two processes at once (their bytes are the same): the content decides.
+        if sha256(path) != written.get("sha256"):
+            return "its content changed since it was written"
+        save_atomically(side, json.dumps(written | found, indent=1))
+    return None
+
+
+def describe(path: Path, split: Split) -> dict[str, int | str]:
+    """What can be known of a .beton file without reading it through; ValueError if it has no header of this version."""
+    from ffcv.types import CURRENT_VERSION, HeaderType
+
+    stat = path.stat()
+    header = np.fromfile(path, dtype=HeaderType, count=1)
+    if not len(header):
+        raise ValueError(f"it has {stat.st_size} bytes, less than a header")
+    if header[0]["version"] != CURRENT_VERSION:
+        raise ValueError(f"its format version is {header[0]['version']}, this FFCV reads {CURRENT_VERSION}")
+    return {
+        "fingerprint": split.fingerprint,
+        "images": len(split),
+        "image_size": split.image_size,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        **{field: int(header[0][field]) for field in HeaderType.names},
+    }
+
+
+def write(split: Split, path: Path, side: Path, report: Report) -> None:
+    """Write the file and its side file under names of this call alone, then move both into place."""
+    import_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    started = time.perf_counter()
+    try:
+        image_bytes = 3 * split.image_size**2
+        # A page holds whole images: 8 MiB is FFCV's default, the next power of two where an image is larger.
+        page_size = max(1 << 23, 1 << (image_bytes - 1).bit_length())
+        fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+        samples = with_progress(read_samples(split), len(split), f"writing {path.name}", report)
+        write_samples(temporary, fields, page_size, samples, len(split))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        described = describe(temporary, split) | {"sha256": sha256(temporary)}
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    save_atomically(side, json.dumps(described, indent=1))
+    seconds = time.perf_counter() - started
+    report(f"{path.name}: wrote {len(split)} images, {path.stat().st_size / 2**20:.0f} MiB, in {seconds:.1f} s")
+
+
+def write_samples(
+    path: Path, fields: dict[str, object], page_size: int, samples: Iterator[tuple[np.ndarray, int]], count: int
+) -> None:
+    """What DatasetWriter.from_indexed_dataset does, with its own parts, one after the other in this process."""
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.types import ALLOC_TABLE_TYPE
+    from ffcv.writer import DatasetWriter, handle_sample
+
+    writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=1)
+    writer.num_samples = count
+    writer.prepare()
+    writer.metadata_sm.close()  # memory shared between workers: there are none
+    writer.metadata_sm.unlink()
+    metadata = np.zeros(count, dtype=writer.metadata_type)
+    allocator = MemoryAllocator(str(path), writer.data_region_start, page_size)
+    allocator.__enter__()
+    try:
+        for i, sample in enumerate(samples):
+            handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
+        allocator.flush_page()
+    finally:
+        allocator.fp.close()  # not __exit__: after a failed write it would write the page again
+    writer.metadata_sm = SimpleNamespace(buf=metadata.tobytes())
+    writer.finalize(allocator.allocations)
+
+    # FFCV does not look at how many bytes a write took: on a disk that fills up, a page may be cut short unnoticed.
+    expected = allocator.offset + allocator.next_page_written.value * page_size + count * ALLOC_TABLE_TYPE.itemsize
+    if path.stat().st_size != expected:
+        raise OSError(f"{path.stat().st_size} bytes arrived of {expected}: the disk is probably full")
+
+
+def read_samples(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+    for start in range(0, len(split), BLOCK):
+        block = np.arange(start, min(start + BLOCK, len(split)))
+        yield from zip(split.images(block), split.labels[block], strict=True)
+
+
+def with_progress(samples: Iterator, count: int, title: str, report: Report) -> Iterator:
+    """Pass `samples` on, showing how far they are: a bar on a terminal, elsewhere a line every ten seconds."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(samples, title, total=count, console=Console(stderr=True), transient=True)
+        return
+    last = time.perf_counter()
+    for done, sample in enumerate(samples):
+        if time.perf_counter() - last > LINE_EVERY_S:
+            last = time.perf_counter()
+            report(f"{title}: {done} of {count} images")
+        yield sample
+
+
+def save_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,407 @@
+"""Where images come from: CIFAR through torchvision, Tiny-ImageNet as published, folder trees, scikit-learn's digits.
+
+Every source ends in a `Dataset` of two `Split`s, whose labels follow the data set's published class order whatever
+the layout on disk, so that a model trained from a folder tree is comparable with published weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from fastafd.config import UsageError, unknown
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR100_CLASSES = tuple(  # the fine labels
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm""".split()
+)
+TINY_IMAGENET_CLASSES = 200
+DIGITS_SEED = 0  # of the train/test cut: a constant, so that every run and every user has the same test images
+DIGITS_TEST_FRACTION = 0.2
+
+
+class Split:
+    """Labelled images of one square size: `labels` int64 (N,), `image_size` in pixels, and a `fingerprint`."""
+
+    labels: np.ndarray
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, i: int) -> np.ndarray:
+        """Image `i`, uint8 (H,W,3); UsageError if its file cannot be read or has another size."""
+        raise NotImplementedError
+
+    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
+        """The images at `indices` (all if None), uint8 (N,H,W,3); UsageError as for `image`."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """A hex SHA-256 that changes when the labels, the images or their order change."""
+        raise NotImplementedError
+
+    def check_labels(self, classes: int) -> None:
+        """Raise UsageError for the first label outside 0..classes-1."""
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
+        if len(wrong):
+            first = wrong[0]
+            raise UsageError(f"label out of range: image {first} has {self.labels[first]}, takes 0..{classes - 1}")
+
+
+class ArraySplit(Split):
+    """A split held in memory: images uint8 (N,H,W,3), labels (N,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.array = np.ascontiguousarray(images, dtype=np.uint8)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.image_size = self.array.shape[1]
+
+    def image(self, i: int) -> np.ndarray:
+        return self.array[i]
+
+    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
+        return self.array if indices is None else self.array[indices]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.array.shape).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(self.array.data)
+        return digest.hexdigest()
+
+
+class FolderSplit(Split):
+    """A split decoded from files on demand; `resize` brings other sizes to image_size, else they are errors."""
+
+    def __init__(
+        self, root: Path, paths: list[str], labels: Sequence[int], classes: Sequence[str], image_size: int, resize: bool
+    ) -> None:
+        self.root = root
+        self.paths = paths  # relative to root, in the order of the labels
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = tuple(classes)
+        self.image_size = image_size
+        self.resize = resize
+
+    def image(self, i: int) -> np.ndarray:
+        return read_image(self.root / self.paths[i], self.image_size, self.resize)
+
+    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
+        indices = np.arange(len(self)) if indices is None else np.asarray(indices)
+        out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+
+        def decode(start: int) -> None:
+            for place in range(start, min(start + 64, len(indices))):
+                out[place] = self.image(indices[place])
+
+        # Threads, not processes: Pillow releases the interpreter lock while it decodes.
+        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            try:
+                list(pool.map(decode, range(0, len(indices), 64)))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # else the error waits for every image that is still queued
+                raise
+        return out
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.classes, self.image_size, self.resize)).encode())
+        for path, label in zip(self.paths, self.labels, strict=True):
+            try:
+                stat = (self.root / path).stat()
+            except OSError as error:
+                raise UsageError(f"data_dir: cannot read {self.root / path} ({error.strerror})") from error
+            digest.update(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as the recipes see it: `padding` of the crop in pixels, `flip` whether mirroring keeps the class."""
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    padding: int
+    flip: bool
+    train: Split
+    test: Split
+
+
+def load_dataset(name: str, data_dir: Path, image_size: int | None = None, download: bool = True) -> Dataset:
+    """The data set `name` of DATASETS, from `data_dir`: its published layout or a tree train/<class>, test|val/<class>.
+
+    Labels follow the published class order in either layout. `image_size` (pixels) is for imagefolder alone: each
+    image's shorter side is resized to it and the centre is cut out. Raises UsageError, in one line, for an unknown
+    name, a failed download, a missing, stray or empty class, and an unreadable image or one of the wrong size.
+    """
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
+    source = DATASETS[name]
+    if image_size is not None and source.image_size not in (None, image_size):
+        raise UsageError(f"image_size: got {image_size}, takes {source.image_size} for {name} (or leave it out)")
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"image_size: got {image_size}, takes a number of pixels above 0")
+    classes, train, test = source.load(Path(data_dir).expanduser(), source.image_size or image_size, download)
+    train.check_labels(len(classes))
+    test.check_labels(len(classes))
+    size = train.image_size
+    return Dataset(name, tuple(classes), size, size // 8, source.flip, train, test)
+
+
+# ---------------------------------------------------------------------------------------------- the named sources
+
+Loaded = tuple[Sequence[str], Split, Split]
+
+
+def load_cifar(classes: tuple[str, ...], data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+    """CIFAR-10 or CIFAR-100 (by the number of classes) from a folder tree, else through torchvision."""
+    if (data_dir / "train").is_dir():
+        return read_tree(data_dir, classes, image_size)
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if len(classes) == 10 else datasets.CIFAR100
+    try:
+        train, test = (kind(data_dir, train=part, download=download) for part in (True, False))
+    except Exception as error:  # no network, a proxy's HTML page, a wrong checksum, a torn pickle: one remedy for all
+        reason = f"the download failed: {first_line(error)}" if download else "downloading is off"
+        raise UsageError(
+            f"data_dir: {data_dir} holds no readable {kind.__name__} ({reason}); it may hold {kind.base_folder}/ as "
+            "published, or train/<class>/*.png and test/<class>/*.png"
+        ) from error
+    if tuple(train.classes) != classes:
+        raise UsageError(f"data_dir: {data_dir}/{kind.base_folder} is no {kind.__name__}: its class names differ")
+    return classes, ArraySplit(train.data, train.targets), ArraySplit(test.data, test.targets)
+
+
+def load_tiny_imagenet(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+    """Tiny-ImageNet as Stanford ships it, or a folder tree; wnids.txt, where there is one, names the classes."""
+    inner = data_dir / "tiny-imagenet-200"
+    root = inner if inner.is_dir() else data_dir
+    if not (root / "train").is_dir():
+        raise UsageError(
+            f"data_dir: neither {data_dir} nor {inner} has a folder train; unpack tiny-imagenet-200.zip "
+            "(http://cs231n.stanford.edu/tiny-imagenet-200.zip) there"
+        )
+    wnids = root / "wnids.txt"
+    classes = sorted(set(wnids.read_text().split())) if wnids.is_file() else folder_names(root / "train")
+    if not wnids.is_file() and len(classes) != TINY_IMAGENET_CLASSES:
+        raise UsageError(
+            f"data_dir: {root}/train has {len(classes)} class folders, takes {TINY_IMAGENET_CLASSES} "
+            "(a wnids.txt beside train may name fewer)"
+        )
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        return read_tree(root, classes, image_size)
+    train = read_classes(root, "train", classes)
+    test = read_annotations(root, annotations, classes)
+    return classes, *folder_splits(root, classes, train, test, image_size, resize=False)
+
+
+def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+    """Any tree train/<class>, test|val/<class>, its classes in the order of their names."""
+    if not (data_dir / "train").is_dir():
+        raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
+    return read_tree(data_dir, folder_names(data_dir / "train"), image_size, resize=image_size is not None)
+
+
+def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+    """scikit-learn's 8x8 digits as 32x32 RGB; 20 % of each class, by a fixed draw, are the test images."""
+    classes = tuple("0123456789")
+    if (data_dir / "train").is_dir():
+        return read_tree(data_dir, classes, image_size)
+    import torch
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None]  # (N,1,8,8) in 0..16
+    large = torch.nn.functional.interpolate(small, size=image_size, mode="bilinear", align_corners=False)
+    # Exact in fp32 up to the rounding (the weights are multiples of 1/64), so the pixels agree on every machine.
+    pixels = (large * 255 / 16).round().to(torch.uint8)
+    images = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    rng = np.random.default_rng(DIGITS_SEED)
+    is_test = np.zeros(len(images), dtype=bool)
+    for c in range(len(classes)):
+        members = rng.permutation(np.flatnonzero(digits.target == c))
+        is_test[members[: round(DIGITS_TEST_FRACTION * len(members))]] = True
+    train, test = (ArraySplit(images[part], digits.target[part]) for part in (~is_test, is_test))
+    return classes, train, test
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a named data set is loaded, its image size in pixels (None: the images say), whether it may be mirrored."""
+
+    load: Callable[[Path, int | None, bool], Loaded]
+    image_size: int | None
+    flip: bool = True
+
+
+DATASETS = MappingProxyType(
+    {
+        "cifar10": Source(functools.partial(load_cifar, CIFAR10_CLASSES), 32),
+        "cifar100": Source(functools.partial(load_cifar, CIFAR100_CLASSES), 32),
+        "tiny-imagenet": Source(load_tiny_imagenet, 64),
+        "imagefolder": Source(load_imagefolder, None),
+        "digits": Source(load_digits, 32, flip=False),  # a mirrored digit is another sign
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------- folders of images
+
+Members = tuple[list[str], list[int]]  # paths relative to the root, labels
+
+
+def read_tree(root: Path, classes: Sequence[str], image_size: int | None, resize: bool = False) -> Loaded:
+    """The splits of a tree train/<class>, test|val/<class>, labelled in the order of `classes`."""
+    tests = [name for name in ("test", "val") if (root / name).is_dir()]
+    if not tests:
+        raise UsageError(f"data_dir: {root} has no folder test or val beside train")
+    # ImageNet and Tiny-ImageNet come with a test folder of unlabelled images: the one with classes in it is meant.
+    test = next((name for name in tests if set(classes) & set(folder_names(root / name))), tests[0])
+    members = read_classes(root, "train", classes), read_classes(root, test, classes)
+    return classes, *folder_splits(root, classes, *members, image_size, resize)
+
+
+def read_classes(root: Path, part: str, classes: Sequence[str]) -> Members:
+    """The image files of root/part/<class>, class by class, each class sorted by path."""
+    found = folder_names(root / part)
+    missing = [name for name in classes if name not in found]
+    stray = [name for name in found if name not in set(classes)]
+    if missing:
+        raise UsageError(f"data_dir: {root / part} has no folder for the class {missing[0]!r}{and_more(missing)}")
+    if stray:
+        raise UsageError(f"data_dir: {root / part / stray[0]} is no class of this data set{and_more(stray)}")
+    if not classes:
+        raise UsageError(f"data_dir: {root / part} has no class folders")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = image_files(root, root / part / name)
+        if not files:
+            raise UsageError(f"data_dir: {root / part / name} holds no images ({' '.join(EXTENSIONS)})")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels
+
+
+def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> Members:
+    """The validation images of Tiny-ImageNet: lines `file <tab> wnid <tab> box`, files in val/images."""
+    index = {name: label for label, name in enumerate(classes)}
+    folder = annotations.parent / "images"
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    paths: list[str] = []
+    labels: list[int] = []
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        file, wnid, *_ = [*line.split("\t"), ""]
+        if wnid not in index:
+            raise UsageError(f"data_dir: {annotations} line {number}: {wnid!r} is not in wnids.txt")
+        if file not in present:
+            raise UsageError(f"data_dir: {annotations} line {number}: there is no {folder / file}")
+        paths.append(f"val/images/{file}")
+        labels.append(index[wnid])
+    without = sorted(set(range(len(classes))) - set(labels))
+    if without:
+        name = classes[without[0]]
+        raise UsageError(f"data_dir: {annotations} has no image of the class {name!r}{and_more(without)}")
+    return paths, labels
+
+
+def folder_splits(
+    root: Path, classes: Sequence[str], train: Members, test: Members, image_size: int | None, resize: bool
+) -> tuple[FolderSplit, FolderSplit]:
+    """Two splits of one image size: the one given, else that of the first training image, which must be square."""
+    if image_size is None:
+        width, height = read_size(root / train[0][0])
+        if width != height:
+            raise UsageError(
+                f"data_dir: {root / train[0][0]} is {width}x{height} pixels, takes square images; "
+                "--image_size N resizes and crops"
+            )
+        image_size = width
+    splits = (
+        FolderSplit(root, *train, classes, image_size, resize),
+        FolderSplit(root, *test, classes, image_size, resize),
+    )
+    for split in splits:
+        # One image of each class is opened now: a tree of the wrong size fails here, before anything is trained.
+        # The others are checked as they are decoded.
+        for i in np.unique(split.labels, return_index=True)[1]:
+            split.image(i)
+    return splits
+
+
+def folder_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(root: Path, folder: Path) -> list[str]:
+    """Image files at any depth below `folder`, as sorted paths relative to `root`; hidden files are no images."""
+    found = []
+    for base, _, files in os.walk(folder, followlinks=True):
+        place = Path(base).relative_to(root).as_posix()
+        found += [f"{place}/{f}" for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return sorted(found)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image in pixels, from its header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:
+        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
+
+
+def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
+    """An image file as uint8 (size,size,3); UsageError if it cannot be read, or has another size without `resize`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
+        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
+    if image.size == (size, size):
+        return np.asarray(image)
+    if not resize:
+        raise UsageError(
+            f"data_dir: {path} is {image.width}x{image.height} pixels, takes {size}x{size}"
+            " (dataset=imagefolder with --image_size N resizes and crops)"
+        )
+    scale = size / min(image.size)
+    width, height = (max(size, int(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def and_more(found: Sequence[object]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

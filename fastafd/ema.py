@@ -1,0 +1,43 @@
+"""The exponential moving average of a model, BatchNorm's running statistics included."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def ema_decay(t: int, limit: float) -> float:
+    """The decay of update t (counted from 0): min(limit, (1+t)/(10+t)). Source: the released AFD code."""
+    return min(limit, (1 + t) / (10 + t))
+
+
+class EMA:
+    """`module` is the average of `model`: parameters and floating buffers averaged, integer buffers copied."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        live = [*model.parameters(), *model.buffers()]
+        mean = [*self.module.parameters(), *self.module.buffers()]
+        self._floats = [(m, p) for m, p in zip(mean, live, strict=True) if p.is_floating_point()]
+        self._counts = [(m, p) for m, p in zip(mean, live, strict=True) if not p.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Once a step, after the optimizer."""
+        weight = 1 - ema_decay(self.updates, self.decay)
+        self.updates += 1
+        torch._foreach_lerp_([m for m, _ in self._floats], [p.detach() for _, p in self._floats], weight)
+        for mean, live in self._counts:
+            mean.copy_(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.updates = state["updates"]

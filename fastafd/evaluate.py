@@ -1,0 +1,319 @@
+"""python -m fastafd.evaluate: clean, PGD-20 and AutoAttack accuracy of a run or of any weights, with intervals.
+
+    python -m fastafd.evaluate runs/NAME --attack pgd20
+    python -m fastafd.evaluate --arch resnet18 --weights FILE --dataset cifar10 --attack autoattack --n 1000 --json
+
+Evaluation is in fp32 and eager, whatever the training was: reported robustness must not depend on a fast path.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastafd import cli
+from fastafd.attacks import PGD
+from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_text
+from fastafd.config import UsageError, check, choice, number, optional, path, setting, switch, text
+from fastafd.console import Bar, Console
+from fastafd.data import Split, load_dataset, to_unit
+from fastafd.models import build_model
+from fastafd.step import resolve_device
+
+EPS = 8 / 255
+PGD20 = PGD(eps=EPS, step_size=0.003, steps=20, random_start=True)  # the paper's evaluation attack
+ATTACKS = ("clean", "pgd20", "autoattack")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `python -m fastafd.evaluate` takes; a run folder's own settings fill in what is not given."""
+
+    model: Path | None = setting(None, "run folder or model.safetensors (also as the first word)", optional(path))
+    weights: Path | None = setting(None, "any other file of weights; say its --arch and --dataset", optional(path))
+    arch: str | None = setting(None, "classifier that --weights belong to", optional(text))
+    normalize: str = setting("none", "normalisation layer of --weights: none, cifar10, cifar100 or imagenet", text)
+    dataset: str | None = setting(None, "data set; default the run's own", optional(text))
+    data_dir: Path | None = setting(None, "folder that holds it; default the run's own, else data", optional(path))
+    attack: str = setting("pgd20", "clean, pgd20 (and clean) or autoattack (and both)", choice(*ATTACKS))
+    n: int | None = setting(
+        None, "number of test images, a seeded class-balanced draw; default all", optional(number(1, whole=True))
+    )
+    batch_size: int = setting(250, "images at a time", number(1, whole=True))
+    seed: int = setting(0, "seed of the draw and of the attacks", number(0, whole=True))
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
+    json: bool = setting(False, "print the result as JSON instead of a table", switch)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    config = cli.parse(EvaluateConfig(), argv, prog="fastafd.evaluate")
+    console = Console()
+    device = resolve_device(config.device)
+
+    # The model, and the data set that its run folder or the command line names.
+    settings = run_settings(config.model)
+    dataset_name = config.dataset or settings.get("dataset")
+    if dataset_name is None:
+        raise UsageError("dataset: got none, takes the name of a data set, such as --dataset cifar10")
+    data_dir = config.data_dir or Path(settings.get("data_dir", "data"))
+    dataset = load_dataset(dataset_name, data_dir, settings.get("image_size"))
+    if config.weights is not None:
+        if config.arch is None:
+            raise UsageError("arch: got none, takes the classifier that --weights belong to, such as --arch resnet18")
+        net = build_model(config.arch, len(dataset.classes), config.normalize)
+        fit_weights(net, load_weights(config.weights), config.weights)
+        shown = config.weights
+    elif config.model is not None:
+        net, about = load_model_about(config.model)
+        if about["num_classes"] != len(dataset.classes):
+            raise UsageError(
+                f"dataset: {dataset_name} has {len(dataset.classes)} classes, {config.model} {about['num_classes']}"
+            )
+        shown = config.model
+    else:
+        raise UsageError("model: got none, takes a run folder, or --weights FILE with --arch and --dataset")
+
+    result = evaluate(
+        net.to(device),
+        dataset.test,
+        ATTACKS[: ATTACKS.index(config.attack) + 1],
+        n=config.n,
+        autoattack_n=config.n,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        console=console,
+    )
+    result |= {"model": str(shown), "dataset": dataset_name, "classes": list(dataset.classes), **provenance(device)}
+    if config.model is not None and config.model.is_dir():
+        save_text(config.model / f"evaluation-{config.attack}.json", json.dumps(result, indent=1))
+    if config.json:
+        print(json.dumps(result, indent=1))
+    else:
+        show({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+
+
+def run_settings(model: Path | None) -> dict[str, Any]:
+    """The settings in a run folder's config.yaml; nothing for anything else."""
+    if model is None or not (model / "config.yaml").exists():
+        return {}
+    return cli.read_yaml(model / "config.yaml")
+
+
+# -- the measurements ---------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: nn.Module,
+    test: Split,
+    attacks: tuple[str, ...],
+    *,
+    n: int | None,
+    autoattack_n: int | None,
+    batch_size: int = 250,
+    seed: int = 0,
+    console: Console,
+    label: str = "evaluate",
+) -> dict[str, Any]:
+    """Accuracy under each of `attacks` ("clean", "pgd20", "autoattack"), each with its images' indices and interval.
+
+    `n` and `autoattack_n` images (None: all) are drawn class-balanced, the smaller draw within the larger one.
+    The model is put into eval mode and otherwise left alone; global generators are left as they were.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    result: dict[str, Any] = {"eps": "8/255", "seed": seed}
+    for attack in attacks:
+        indices = balanced_draw(test.labels, autoattack_n if attack == "autoattack" else n, seed)
+        x = to_unit(torch.from_numpy(test.images(indices)))
+        y = torch.from_numpy(test.labels[indices])
+        began = time.perf_counter()
+        details: dict[str, Any] = {}
+        if attack == "autoattack":
+            correct, details = autoattack(model, x, y, EPS, batch_size, seed, console, f"{label} AutoAttack")
+        else:
+            pgd = PGD20 if attack == "pgd20" else None
+            correct = accuracy_under(model, x, y, pgd, device, batch_size, seed, console, f"{label} {attack}")
+        result[attack] = {
+            "n": len(indices),
+            "correct": int(correct.sum()),
+            "accuracy": float(correct.double().mean()),
+            "interval": wilson(int(correct.sum()), len(indices)),
+            "seconds": time.perf_counter() - began,
+            **details,
+        }
+        if len(indices) < len(test):
+            result[attack]["indices"] = indices.tolist()
+    return result
+
+
+def accuracy_under(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD | None,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    console: Console,
+    label: str,
+) -> Tensor:
+    """Which of the images stay correct, (N,) bool; the attack's starts come from a generator of their own."""
+    generator = torch.Generator(device).manual_seed(seed)
+    correct = torch.zeros(len(y), dtype=torch.bool)
+    with Bar(console, label, len(y)) as bar:
+        for first in range(0, len(y), batch_size):
+            part = slice(first, first + batch_size)
+            images = x[part].to(device).contiguous(memory_format=torch.channels_last)
+            labels = y[part].to(device)
+            if attack is not None:
+                images = attack(model, images, labels, generator)
+            with torch.no_grad():
+                correct[part] = (model(images).argmax(1) == labels).cpu()
+            bar.advance(len(labels))
+    return correct
+
+
+def autoattack(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, console: Console, label: str
+) -> tuple[Tensor, dict[str, Any]]:
+    """AutoAttack standard (Croce and Hein 2020) through pyautoattack: which images stay correct (N,), and its warnings.
+
+    Needs at least four classes (the targeted losses rank that many): UsageError below. Every image that the library
+    returns is checked here, against the ball and by the model, so the count is ours and not a log line.
+    """
+    from pyautoattack import AutoAttack
+
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        classes = model(x[:1].to(device)).shape[1]
+    if classes < 4:
+        raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
+    x = x.contiguous(memory_format=torch.contiguous_format)  # a channels-last input breaks its gradient checks
+    with _AutoAttackLog(console, label) as log, torch.random.fork_rng():  # it seeds the global generators
+        adversary = AutoAttack(_Logits(model), norm="Linf", eps=eps, version="standard", seed=seed, device=device)
+        if classes < 10:  # nine targets are the nine wrong classes of ten
+            adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
+        x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
+    x_adv = x_adv.cpu()
+    if not x_adv.isfinite().all() or (x_adv - x).abs().max() > eps + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+        raise RuntimeError("AutoAttack returned an image outside the ball or outside [0,1]")
+    checked = accuracy_under(model, x_adv, y, None, device, batch_size, seed, console, f"{label} check")
+    survivors = checked & (predicted.cpu() == y)
+    return survivors, {"version": "standard", "accuracy_after": log.accuracy_after, "warnings": log.warnings}
+
+
+class _Logits(nn.Module):
+    """The classifier as AutoAttack wants it: fp32 logits in memory of their own, since Square writes into them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float().clone()
+
+
+class _AutoAttackLog(logging.Handler):
+    """Turns the library's log into progress lines, and keeps its warnings and the accuracy after each attack."""
+
+    def __init__(self, console: Console, label: str):
+        super().__init__(logging.DEBUG)
+        self.console, self.label = console, label
+        self.warnings: list[str] = []
+        self.accuracy_after: dict[str, float] = {}
+        self.logger = logging.getLogger("auto-attack")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        after = re.match(r"robust accuracy after (\S+): ([\d.]+)%", message)
+        if after:
+            self.accuracy_after[after[1].lower()] = float(after[2]) / 100
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(message)
+        if after or record.levelno >= logging.WARNING:
+            self.console.line(f"{self.label}: {message}")
+
+    def __enter__(self) -> _AutoAttackLog:
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.setLevel(logging.DEBUG)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.level, self.logger.propagate = self.before
+
+
+# -- counting -----------------------------------------------------------------------------------------------------
+
+
+def balanced_draw(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
+    """Indices of `n` images (None or more than there are: all), classes as equal as they can be, sorted.
+
+    A smaller draw of the same seed lies within a larger one. Image trees are sorted by class, so the first n images
+    would be one class.
+    """
+    if n is None or n >= len(labels):
+        return np.arange(len(labels))
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)  # of an image within its class, in shuffled order
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    by_rank = shuffled[np.argsort(rank[shuffled], kind="stable")]
+    return np.sort(by_rank[:n])
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (95 % for the default z). Source: Wilson 1927."""
+    share, spread = correct / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and when a figure was made: versions, device, UTC date."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {package: version(package) for package in ("fastafd", "torch", "torchvision", "pyautoattack", "numpy")}
+    return {"device": name, "versions": versions, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def show(results: dict[str, dict[str, Any]], console: Console, title: str) -> None:
+    """One row a model, one column an attack: accuracy in per cent, its interval, and n."""
+    names = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
+    present = [attack for attack in ATTACKS if any(attack in result for result in results.values())]
+
+    def cell(result: dict[str, Any], attack: str) -> str:
+        if attack not in result:
+            return "–"
+        found = result[attack]
+        low, high = found["interval"]
+        return f"{100 * found['accuracy']:.2f} [{100 * low:.1f}, {100 * high:.1f}] n={found['n']}"
+
+    rows = [[name, *(cell(result, attack) for attack in present)] for name, result in results.items()]
+    console.table(title, ["%", *(names[attack] for attack in present)], rows)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,211 @@
+"""The epochs around a step: learning rate, log, checkpoints, signals. Resuming continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastafd.checkpoint import load_run, save_run
+from fastafd.config import SGD, RunError, UsageError
+from fastafd.console import Bar, Console
+from fastafd.data.loaders import Loader
+from fastafd.optim import learning_rate
+from fastafd.step import TrainStep
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has been saved. Exit code 75, so that a scheduler may requeue it."""
+
+
+def fit(
+    step: TrainStep,
+    loader: Loader,
+    sgd: SGD,
+    folder: Path,
+    console: Console,
+    *,
+    label: str,
+    log_every: int,
+    save_every: int = 0,
+    identity: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train for sgd.epochs epochs, from `folder/last.pt` where that exists; returns seconds by phase.
+
+    Writes `metrics.jsonl` (one line every `log_every` steps) and `last.pt` (after every epoch, every `save_every`
+    steps, and on SIGTERM or SIGINT). `identity` says what must be the same on resuming (the data's fingerprint).
+    Raises RunError for a loss that is not finite (the last good checkpoint stays), Stopped after a signal.
+    """
+    last, identity = folder / "last.pt", identity or {}
+    per_epoch = len(loader)
+    done, seconds = 0, {}
+    if last.exists():
+        state = load_run(last)
+        if state["progress"]["identity"] != identity:
+            raise UsageError(f"resume: {last} was written with other data: {state['progress']['identity']}, not {identity}")
+        step.load_state_dict(state["step"])
+        done, seconds = state["progress"]["steps"], state["progress"]["seconds"]
+        console.line(f"{label}: resumed at step {done} of {per_epoch * sgd.epochs}")
+    log = MetricsLog(folder, done, step)
+
+    def save() -> None:
+        log.check_finite()
+        progress = {"steps": done, "seconds": log.total_seconds(seconds), "identity": identity}
+        save_run(last, {"step": step.state_dict(), "progress": progress})
+
+    with StopFlag() as stop, Bar(console, label, per_epoch * sgd.epochs, done) as bar:
+        while done < per_epoch * sgd.epochs:
+            epoch, first = divmod(done, per_epoch)
+            rate = learning_rate(epoch, sgd.epochs, sgd.lr, sgd.lr_schedule)
+            for group in step.optimizer.param_groups:
+                group["lr"] = rate
+            batches = loader.epoch(epoch, first)
+            try:
+                while (batch := log.next_batch(batches)) is not None:
+                    due = (done + 1) % log_every == 0 or done + 1 == per_epoch * sgd.epochs
+                    metrics = step(*batch, probe=due)
+                    done += 1
+                    log.add(metrics, len(batch[1]))
+                    if due:
+                        bar.note = log.write(done, epoch, rate)
+                    bar.advance()
+                    if stop.asked:
+                        save()
+                        raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
+                    if save_every and done % save_every == 0 and done % per_epoch:
+                        save()
+            finally:
+                batches.close()
+            save()
+    log.close()
+    return log.total_seconds(seconds)
+
+
+class MetricsLog:
+    """Sums metrics on the device and writes them to `metrics.jsonl`, crossing to the host once a line."""
+
+    def __init__(self, folder: Path, steps: int, step: TrainStep):
+        self.path, self.step = folder / "metrics.jsonl", step
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = _lines_up_to(self.path, steps)
+        self.file = self.path.open("w", buffering=1)
+        self.file.writelines(kept)
+        self.tensorboard = _tensorboard(folder)
+        self.bad_step = torch.full((), -1, device=step.device)  # the first step whose loss was not finite
+        self.phases: dict[str, float] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.images, self.waited = 0, 0.0
+        self.began = time.perf_counter()
+
+    def next_batch(self, batches: Any) -> tuple[Tensor, Tensor] | None:
+        """The next batch, its waiting time counted as the phase `data`."""
+        began = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def add(self, metrics: dict[str, Tensor], images: int) -> None:
+        self.images += images
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        first_bad = (self.bad_step < 0) & ~torch.isfinite(metrics["loss"])
+        self.bad_step = torch.where(first_bad, self.step.steps, self.bad_step)
+
+    def check_finite(self) -> None:
+        """RunError that names the step if a loss was NaN or infinite since the last check."""
+        bad = int(self.bad_step)
+        if bad >= 0:
+            raise RunError(
+                f"loss: not finite at step {bad}; {self.path.parent / 'last.pt'} keeps the last good state."
+                " A smaller --lr is the usual cure"
+            )
+
+    def write(self, steps: int, epoch: int, rate: float) -> str:
+        """One line; returns its gist for the progress bar."""
+        self.check_finite()
+        names = list(self.sums)
+        values = torch.stack([self.sums[name].double() for name in names]).tolist()
+        means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
+        wall = time.perf_counter() - self.began
+        seconds = {"data": self.waited, **self.step.timer.collect()}
+        for phase, spent in {**seconds, "wall": wall}.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + spent
+        record = {
+            "step": steps,
+            "epoch": epoch + 1,
+            "lr": rate,
+            **means,
+            "images_s": self.images / wall,
+            "seconds": seconds,
+        }
+        self.file.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None:
+            flat = {name: value for name, value in record.items() if isinstance(value, float)}
+            for name, value in flat.items():
+                self.tensorboard.add_scalar(name, value, steps)
+        self._restart()
+        accuracy = {name: means[name] for name in ("adversarial_accuracy", "clean_accuracy") if name in means}
+        gist = ", ".join(f"{name.removesuffix('_accuracy')} {100 * value:.1f} %" for name, value in accuracy.items())
+        return f"epoch {epoch + 1}, loss {means['loss']:.3f}, {gist}, {record['images_s']:.0f} images/s"
+
+    def total_seconds(self, earlier: dict[str, float]) -> dict[str, float]:
+        return {name: earlier.get(name, 0.0) + self.phases.get(name, 0.0) for name in {**earlier, **self.phases}}
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+class StopFlag:
+    """Turns SIGTERM and SIGINT into a flag that is looked at after each step; a second SIGINT stops at once with 130."""
+
+    def __enter__(self) -> StopFlag:
+        self.asked: str | None = None
+        self.before: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: signals are somebody else's business
+            pass
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.asked = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _lines_up_to(path: Path, steps: int) -> list[str]:
+    """The log's whole lines of steps that the checkpoint has seen; what came after a crash's checkpoint is redone."""
+    if not path.exists() or steps == 0:
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= steps:
+            kept.append(line)
+    return kept
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,46 @@
+"""AFD: adversarial fine-tuning via disentanglement (Eq. 1 to 6); the losses themselves are `fastafd.kernels.afd_loss`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fastafd.config import check, number, setting
+from fastafd.kernels import afd_loss
+from fastafd.methods.base import Loss
+from fastafd.models import Disentangled
+
+
+@dataclass(frozen=True)
+class AFD:
+    """alpha L1 + beta L2 + L3. With alpha = beta = gamma = 0 it is plain adversarial fine-tuning through D1."""
+
+    adversarial: ClassVar[bool] = True
+    uses_teacher: ClassVar[bool] = True
+
+    alpha: float = setting(0.05, "weight of L1, the confused features' cross-entropy", number(0))
+    beta: float = setting(0.25, "weight of L2, which drives f1 away from f2", number(0))
+    gamma: float = setting(25.0, "weight of the angular distance between f1 and the teacher's features", number(0))
+    classifier_alpha: float = setting(0.0, "how much of L1's gradient the classifier gets too", number(0))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        assert isinstance(model, Disentangled) and teacher_features is not None
+        out = afd_loss(
+            model.features(x),
+            teacher_features,
+            y,
+            model.d1.weight,
+            model.d2.weight,
+            model.classifier.weight,
+            model.classifier.bias,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            classifier_alpha=self.classifier_alpha,
+        )
+        return Loss(out.total, out.terms, out.logits)

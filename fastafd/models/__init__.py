@@ -1,0 +1,84 @@
+"""The classifiers, by name, and the disentangler that goes before their last linear layer."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastafd.config import UsageError, unknown
+from fastafd.models.disentangle import Disentangled, disentangle
+from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
+from fastafd.models.wideresnet import WideResNet
+
+__all__ = ["ARCHS", "NORMALIZATIONS", "Disentangled", "Normalize", "build_model", "check_arch", "disentangle"]
+
+ARCHS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": lambda classes: ResNet(BasicBlock, (2, 2, 2, 2), classes),
+    "resnet50": lambda classes: ResNet(Bottleneck, (3, 4, 6, 3), classes),
+    "preactresnet18": lambda classes: ResNet(PreActBlock, (2, 2, 2, 2), classes),
+    "resnet8": lambda classes: ResNet(BasicBlock, (1, 1, 1), classes, widths=(16, 32, 64)),
+    "wrn34_10": lambda classes: WideResNet(34, 10, classes),
+    "wrn28_10": lambda classes: WideResNet(28, 10, classes),
+    "wrn10_2": lambda classes: WideResNet(10, 2, classes),
+}
+
+# Per-channel mean and standard deviation of the training pixels in [0,1].
+# CIFAR: computed by most CIFAR training code to these four digits; ImageNet: torchvision's model documentation.
+NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]] | None] = {
+    "none": None,
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, inside the model, so that eps always has the meaning of pixels in [0,1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def check_arch(arch: str) -> str:
+    """The name itself if it can be built, else UsageError with the nearest name."""
+    wide = re.fullmatch(r"wrn(\d+)_(\d+)", arch)
+    if wide and arch not in ARCHS:
+        depth, widen = int(wide[1]), int(wide[2])
+        if depth < 10 or (depth - 4) % 6 or widen < 1:
+            raise UsageError(f"arch: got {arch!r}, takes wrnN_K with depth N = 6n + 4 (10, 16, 22, 28, 34, …), K >= 1")
+    elif arch not in ARCHS:
+        raise unknown("arch", arch, [*ARCHS, "wrnN_K"])
+    return arch
+
+
+def build_model(arch: str, num_classes: int, normalize: str = "none") -> nn.Module:
+    """A freshly initialised classifier: (B,3,H,W) pixels in [0,1] in, logits (B,num_classes) out, channels-last.
+
+    `arch` is a name of ARCHS or wrnN_K. A `normalize` other than "none" (names of NORMALIZATIONS) puts that layer
+    in front, as RobustBench does: the keys are then `normalize.mean`, `normalize.std` and `model.*`.
+    Raises UsageError for an unknown name.
+    """
+    check_arch(arch)
+    if normalize not in NORMALIZATIONS:
+        raise unknown("normalize", normalize, NORMALIZATIONS)
+    if arch in ARCHS:
+        net = ARCHS[arch](num_classes)
+    else:
+        depth, widen = arch.removeprefix("wrn").split("_")
+        net = WideResNet(int(depth), int(widen), num_classes)
+    statistics = NORMALIZATIONS[normalize]
+    if statistics is not None:
+        net = nn.Sequential(OrderedDict(normalize=Normalize(*statistics), model=net))
+    return net.to(memory_format=torch.channels_last)

@@ -1,0 +1,164 @@
+"""python -m fastafd.train: from a natural classifier to a robust one, evaluated and saved.
+
+    python -m fastafd.train --recipe digits                      # the embedded data set, minutes on two CPU cores
+    python -m fastafd.train --arch wrn34_10                      # CIFAR-10; a natural model is pre-trained first
+    python -m fastafd.train --pretrained example                 # from the ResNet-18 that pyautoattack ships
+    python -m fastafd.train --resume runs/NAME                   # go on, step-exactly, after any kind of stop
+
+A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, model.safetensors (merged) and result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastafd import cli
+from fastafd.checkpoint import save_model, save_text
+from fastafd.config import PretrainConfig, TrainConfig, UsageError, cache_dir
+from fastafd.console import Console
+from fastafd.data import Augment, load_dataset, make_loader
+from fastafd.evaluate import ATTACKS, evaluate, provenance, show
+from fastafd.loop import fit
+from fastafd.models import check_arch, disentangle
+from fastafd.optim import make_sgd
+from fastafd.pretrain import about, natural_model, pretrain
+from fastafd.recipes import find_recipe
+from fastafd.step import AFDStep, resolve_amp, resolve_device
+
+
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    console = Console()
+    config, folder = configure(argv)
+    task, sgd = config.task, config.sgd
+    check_arch(task.arch)
+    device = resolve_device(task.device)
+    environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
+
+    # Images, and a natural classifier of them.
+    dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
+    classes = len(dataset.classes)
+    console.line(
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
+        f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}"
+    )
+    if config.pretrained is not None:
+        natural = natural_model(config.pretrained, task, dataset, console)
+    else:
+        natural = pretrain(PretrainConfig(task=task, sgd=config.pretrain, log_every=config.log_every), dataset, console)
+    natural = natural.to(device)
+    pretrained_s = time.monotonic() - began
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.write_config(folder, config)
+    save_text(folder / "env.json", json.dumps(environment, indent=1))
+    console.line(f"run folder: {folder}")
+
+    # Fine-tuning: D1 and D2 go in, the natural model teaches, the weight average comes out.
+    model = disentangle(natural).to(device)
+    loader = make_loader(
+        task.loader,
+        dataset.train,
+        name=dataset.name,
+        batch_size=sgd.batch_size,
+        seed=task.seed,
+        device=device,
+        cache=cache_dir(),
+        report=console.line,
+    )
+    step = AFDStep(
+        model,
+        teacher=natural,
+        optimizer=make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay),
+        recipe=config,
+        amp=task.amp,
+        augment=Augment(dataset.padding, dataset.flip, task.seed),
+    )
+    seconds = fit(
+        step,
+        loader,
+        sgd,
+        folder,
+        console,
+        label="AFD",
+        log_every=config.log_every,
+        save_every=config.save_every,
+        identity={"data": dataset.train.fingerprint, "steps_per_epoch": len(loader)},
+    )
+    robust = step.averaged().merge()
+    save_model(folder / "model.safetensors", robust, about(task, dataset))
+
+    # Both models on the same test images.
+    attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
+    if config.autoattack_n and classes < 4:
+        console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
+    results = {
+        name: evaluate(
+            net,
+            dataset.test,
+            attacks,
+            n=config.eval_n,
+            autoattack_n=config.autoattack_n,
+            seed=task.seed,
+            console=console,
+            label=name,
+        )
+        for name, net in (("natural", natural), ("AFD", robust))
+    }
+    summary: dict[str, Any] = {
+        "models": results,
+        "seconds": {"pretraining": pretrained_s, "finetuning": seconds, "all": time.monotonic() - began},
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        **environment,
+    }
+    save_text(folder / "result.json", json.dumps(summary, indent=1))
+    show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+    console.line(f"{time.monotonic() - began:.0f} s in all; the robust classifier: {folder / 'model.safetensors'}")
+
+
+def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
+    """The config and the run folder that the command line asks for; a resumed run keeps its own."""
+    if any(word.split("=")[0] == "--resume" for word in argv):
+        words = [piece for word in argv for piece in word.split("=", 1)]
+        if len(words) != 2 or words[0] != "--resume":
+            raise UsageError("resume: takes one run folder and no other flag, since a resumed run keeps its settings")
+        folder = Path(words[1]).expanduser()
+        if not (folder / "config.yaml").exists():
+            raise UsageError(f"resume: got {folder}, takes a run folder, and this one has no config.yaml")
+        return parse(["--config", str(folder / "config.yaml")]), folder
+    config = parse(argv)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{stamp}-{config.task.dataset}-{config.task.arch}-{config.recipe}"
+    folder = config.out or Path("runs") / name
+    if (folder / "config.yaml").exists():
+        raise UsageError(f"out: {folder} holds a run already; --resume {folder} goes on with it")
+    return config, folder
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """A recipe, named by a flag or else by the --config file, with the other settings put over it."""
+    recipe, file = _value(argv, "--recipe"), _value(argv, "--config")
+    if recipe is None and file is not None and Path(file).is_file():
+        recipe = cli.read_yaml(Path(file)).get("recipe")
+    base = find_recipe(str(recipe)) if recipe is not None else find_recipe("released")
+    return cli.parse(base, argv, prog="fastafd.train")
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    for index, word in enumerate(argv):
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])
