@@ -40,8 +40,9 @@ if [ ${#missing[@]} -gt 0 ] && command -v apt-get >/dev/null; then
     [ "$(id -u)" = 0 ] || as_root=(sudo -n)
     if "${as_root[@]}" true 2>/dev/null; then
         say "installing system packages: ${missing[*]}"
-        apt update | sed -un '/^E/ s/^/  /p' || true
-        apt install -y --no-install-recommends "${missing[@]}" | sed -unE '/^(Need to get|Fetched|Setting up)/ s/^/  /p' || true
+        apt update >/dev/null || true
+        # of some 1,500 lines: what is to be fetched, and every hundredth as a sign of life
+        apt install -y --no-install-recommends "${missing[@]}" | sed -un 's/^/  /; /Need to get/p; 0~100p' || true
         mapfile -t missing < <(missing_packages)
     fi
 fi
@@ -65,9 +66,14 @@ if ! pip_install -e '.[plot,tensorboard,dev]'; then
     exit 1
 fi
 
-say "building FFCV"
-if [ ${#missing[@]} -eq 0 ] && pip_install -e '.[ffcv]' && .venv/bin/python -c 'import ffcv' >>"$log" 2>&1; then
+install_ffcv() {
+    [ ${#missing[@]} -eq 0 ] || return
+    say "building FFCV"
+    pip_install -e '.[ffcv]' && .venv/bin/python -c 'import ffcv' >>"$log" 2>&1
+}
+
+if install_ffcv; then
     say "done in $SECONDS s"
 else
-    say "done in $SECONDS s, without FFCV (see $log): the resident loader will be used"
+    say "done in $SECONDS s, without FFCV (see above and $log): the resident loader will be used"
 fi

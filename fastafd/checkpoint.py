@@ -83,7 +83,9 @@ def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             about = json.loads((opened.metadata() or {}).get("fastafd", "null"))
     except (SafetensorError, OSError):
-        raise UsageError(f"model: {file} is not a safetensors file; for other weights give --arch and --weights") from None
+        raise UsageError(
+            f"model: {file} is not a safetensors file; for other weights give --arch and --weights"
+        ) from None
     if about is None:
         raise UsageError(f"model: {file} does not say which classifier it holds; give --arch and --weights")
     net = build_model(about["arch"], about["num_classes"], about["normalize"])
@@ -128,7 +130,9 @@ def fit_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str) 
     if "normalize.mean" in weights and "normalize.mean" not in own:
         raise UsageError(f"weights: {source} carries a normalisation layer; say which with --normalize")
     # TRADES' WRNs carry a copy of block1 that no forward pass reads; counters are absent from old files.
-    weights = {name: value for name, value in weights.items() if not name.startswith(("sub_block1.", "model.sub_block1."))}
+    weights = {
+        name: value for name, value in weights.items() if not name.startswith(("sub_block1.", "model.sub_block1."))
+    }
     for name, value in own.items():
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, value)
@@ -160,5 +164,9 @@ def _load_pickle(path: Path) -> Any:
     except FileNotFoundError:
         raise UsageError(f"weights: got {path}, and there is no such file") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = "it holds more than tensors" if "weights_only" in str(error).lower() else "it is truncated or no PyTorch file"
+        reason = (
+            "it holds more than tensors"
+            if "weights_only" in str(error).lower()
+            else "it is truncated or no PyTorch file"
+        )
         raise UsageError(f"weights: {path} cannot be read: {reason}") from None

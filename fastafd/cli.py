@@ -6,6 +6,7 @@ Later wins: the dataclass's defaults (a recipe's), then `--config FILE`, then fl
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -21,19 +22,31 @@ import jsonargparse
 import yaml
 
 from fastafd.checkpoint import save_text
-from fastafd.config import RunError, UsageError
+from fastafd.config import RunError, UsageError, switch
 from fastafd.loop import Stopped
 
 
-def parse(defaults: Any, argv: list[str], prog: str) -> Any:
-    """The config that `argv` makes of the dataclass instance `defaults`. UsageError for anything it does not take."""
-    parser = _Parser(prog=f"python -m {prog}", allow_abbrev=False, add_help=True)
+def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
+    """The config that `argv` makes of the dataclass instance `defaults`. UsageError for anything it does not take.
+
+    `about` is the verb's docstring, which --help shows above the flags.
+    """
+    parser = _Parser(
+        prog=f"python -m {prog}",
+        usage="%(prog)s [--FLAG VALUE …]",
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings, such as a run folder's config.yaml")
     entries = list(_entries(defaults))
     for name, value, field in entries:
-        shown = f"{field.metadata['help']} [{_plain(value)}]"
+        shown = field.metadata["help"] + ("" if value is None else f" [{_plain(value)}]")
         convert = _converter(field, name)
-        parser.add_argument("--" + name.replace("_", "-"), default=value, help=shown.replace("%", "%%"), type=convert)
+        form: dict[str, Any] = {"default": value, "help": shown.replace("%", "%%"), "type": convert}
+        if field.metadata["parse"] is switch:  # --json alone means --json true
+            form |= {"nargs": "?", "const": True}
+        parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", **form)
     found = parser.parse_args(argv)
     return build(defaults, {name: found[name] for name, _, _ in entries})
 
@@ -88,13 +101,14 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, line = 75, str(stop)
     except BrokenPipeError:
         code, line = 1, ""
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            raise
-        code, line = 1, f"error: {error.filename}: {error.strerror}"
+    except OSError as error:  # a folder that may not be written, a device that is full
+        code, line = 1, f"error: {error.filename or 'writing'}: {error.strerror or error}"
     except Exception:
         traceback.print_exc()
-        code, line = 1, "error: this is a bug in fastafd, not a mistake of yours; the lines above are what a report needs"
+        code, line = (
+            1,
+            "error: this is a bug in fastafd, not a mistake of yours; the lines above are what a report needs",
+        )
     if line:
         print(re.sub(r"\s+", " ", line), file=sys.stderr)
     sys.stdout.flush()
@@ -102,7 +116,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 
 
 def _stop_on_signals() -> None:
-    """Outside the training loop, which saves first, the first signal ends the verb with 75, a second SIGINT with 130."""
+    """Outside the training loop (which saves first) a signal ends the verb with 75, a second SIGINT with 130."""
     asked: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -115,7 +129,7 @@ def _stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-class _Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+class _Parser(jsonargparse.ArgumentParser):
     """jsonargparse's parser with this project's error lines."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Settings and their mistakes: how a field is declared, checked and explained; what a run consists of; where caches live.
+"""Settings and their mistakes: how a field is declared, checked and explained, and what a run consists of.
 
 Every setting is a field of a frozen dataclass, declared with `setting`: a sentence (with its unit) that the command
 line shows as help, and the function that parses what a user may write. `fastafd.cli` turns such a dataclass into a
@@ -39,7 +39,7 @@ def unknown(field: str, got: object, valid: Iterable[str]) -> UsageError:
 
 
 def cache_dir() -> Path:
-    """The folder for .beton files and pre-trained weights: FASTAFD_CACHE, else XDG_CACHE_HOME/fastafd, else ~/.cache/fastafd."""
+    """For .beton files and pre-trained weights: FASTAFD_CACHE, else XDG_CACHE_HOME/fastafd, else ~/.cache/fastafd."""
     named = os.environ.get("FASTAFD_CACHE")
     if named:
         return Path(named).expanduser()
@@ -64,7 +64,7 @@ def part(default: Any = dataclasses.MISSING, flat: bool = False) -> Any:
 
 
 def pixels(value: object, field: str) -> float:
-    """A distance in pixels of [0,1]: a float, or a fraction written as "8/255". UsageError for anything outside [0,1]."""
+    """A distance in pixels of [0,1]: a float, or a fraction such as "8/255". UsageError for anything outside [0,1]."""
     takes = "a length in pixels of [0,1] such as 8/255 or 0.03"
     try:
         number = float(Fraction(value)) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def check(config: Any) -> None:
 
 
 def override(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of `config` with fields replaced by name, those of its flat parts included. UsageError for an unknown name."""
+    """A copy of `config` with fields replaced by name, those of flat parts included. UsageError for an unknown name."""
     direct, left = {}, dict(changes)
     names: list[str] = []
     for field in dataclasses.fields(config):
@@ -180,7 +180,9 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
 class Task:
     """Which classifier, on which images, on which machine."""
 
-    arch: str = setting("resnet18", "classifier: resnet18, resnet50, preactresnet18, wrn34_10 (any wrnN_K), resnet8", text)
+    arch: str = setting(
+        "resnet18", "classifier: resnet18, resnet50, preactresnet18, wrn34_10 (any wrnN_K), resnet8", text
+    )
     dataset: str = setting("cifar10", "cifar10, cifar100, tiny-imagenet, imagefolder or digits", text)
     data_dir: Path = setting(Path("data"), "folder that holds the data set, or an image tree of its classes", path)
     image_size: int | None = setting(
@@ -189,8 +191,12 @@ class Task:
     normalize: str = setting("none", "normalisation layer inside the model: none, cifar10, cifar100 or imagenet", text)
     loader: str = setting("ffcv", "what feeds the batches", choice("ffcv", "resident", "torch"))
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
-    amp: str = setting("auto", "arithmetic of the forward passes; auto: bf16 on a GPU, else fp32", choice("auto", "bf16", "fp32"))
-    seed: int = setting(0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, whole=True))
+    amp: str = setting(
+        "auto", "arithmetic of the forward passes; auto: bf16 on a GPU, else fp32", choice("auto", "bf16", "fp32")
+    )
+    seed: int = setting(
+        0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, whole=True)
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -207,7 +213,9 @@ class SGD:
         ((0.0, 1.0),), "from a fraction of the run on, lr times a factor: 0:1,0.5:0.8", lr_steps
     )
     momentum: float = setting(0.9, "momentum", number(0, 1))
-    weight_decay: float = setting(5e-4, "weight decay on every parameter but D2, BatchNorm and biases included", number(0))
+    weight_decay: float = setting(
+        5e-4, "weight decay on every parameter but D2, BatchNorm and biases included", number(0)
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -217,13 +225,17 @@ class SGD:
 class TrainConfig:
     """A whole fine-tuning run; `fastafd.recipes` returns complete ones."""
 
-    recipe: str = setting("released", "where all other settings start: released, paper, released_cifar100 or digits", text)
+    recipe: str = setting(
+        "released", "where all other settings start: released, paper, released_cifar100 or digits", text
+    )
     task: Task = part(flat=True)
     method: Method = part(flat=True)
     attack: PGD = part()
     sgd: SGD = part(flat=True)
     pretrain: SGD = part()
-    attack_bn: str = setting("eval", "BatchNorm during the attack: running or batch statistics", choice("eval", "train"))
+    attack_bn: str = setting(
+        "eval", "BatchNorm during the attack: running or batch statistics", choice("eval", "train")
+    )
     d2_weight_decay: float = setting(5e-4, "weight decay on D2", number(0))
     ema_decay: float = setting(0.999, "decay of the weight average, reached as (1+t)/(10+t)", number(0, 1))
     pretrained: str | None = setting(
@@ -231,7 +243,9 @@ class TrainConfig:
     )
     out: Path | None = setting(None, "run folder; default runs/DATE-TIME-DATASET-ARCH-RECIPE", optional(path))
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
-    save_every: int = setting(0, "steps between two saves of last.pt within an epoch; 0: epochs alone", number(0, whole=True))
+    save_every: int = setting(
+        0, "steps between two saves of last.pt within an epoch; 0: epochs alone", number(0, whole=True)
+    )
     eval_n: int | None = setting(
         None, "test images for clean and PGD-20 accuracy; default all", optional(number(1, whole=True))
     )
@@ -247,7 +261,9 @@ class PretrainConfig:
 
     task: Task = part(flat=True, default=Task())
     sgd: SGD = part(flat=True, default=SGD(100, 128, 0.1, ((0.0, 1.0), (0.75, 0.1), (0.9, 0.01)), 0.9, 5e-4))
-    out: Path | None = setting(None, "run folder; default a folder in the cache that the configuration names", optional(path))
+    out: Path | None = setting(
+        None, "run folder; default a folder in the cache that the configuration names", optional(path)
+    )
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
 
     def __post_init__(self) -> None:

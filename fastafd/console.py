@@ -62,7 +62,9 @@ class Bar:
         if now - self.printed >= PLAIN_EVERY_S:
             self.printed = now
             left = (now - self.started) / max(1, self.done - self.began_at) * (self.total - self.done)
-            self.console.line(f"{self.label}: {self.done}/{self.total}, {left:.0f} s left{'; ' * bool(self.note)}{self.note}")
+            self.console.line(
+                f"{self.label}: {self.done}/{self.total}, {left:.0f} s left{'; ' * bool(self.note)}{self.note}"
+            )
 
     def __exit__(self, *_: object) -> None:
         if self.progress is not None:

@@ -64,7 +64,7 @@ class EvaluateConfig:
 def main(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
-    config = cli.parse(EvaluateConfig(), argv, prog="fastafd.evaluate")
+    config = cli.parse(EvaluateConfig(), argv, prog="fastafd.evaluate", about=__doc__)
     console = Console()
     device = resolve_device(config.device)
 
@@ -295,7 +295,8 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and when a figure was made: versions, device, UTC date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    versions = {package: version(package) for package in ("fastafd", "torch", "torchvision", "pyautoattack", "numpy")}
+    versions = {package: version(package) for package in ("fastafd", "torchvision", "pyautoattack", "numpy")}
+    versions["torch"] = torch.__version__  # with its build, such as +cu130
     return {"device": name, "versions": versions, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 

@@ -49,7 +49,9 @@ def fit(
     if last.exists():
         state = load_run(last)
         if state["progress"]["identity"] != identity:
-            raise UsageError(f"resume: {last} was written with other data: {state['progress']['identity']}, not {identity}")
+            raise UsageError(
+                f"resume: {last} was written with other data: {state['progress']['identity']}, not {identity}"
+            )
         step.load_state_dict(state["step"])
         done, seconds = state["progress"]["steps"], state["progress"]["seconds"]
         console.line(f"{label}: resumed at step {done} of {per_epoch * sgd.epochs}")
@@ -170,7 +172,7 @@ class MetricsLog:
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that is looked at after each step; a second SIGINT stops at once with 130."""
+    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once with 130."""
 
     def __enter__(self) -> StopFlag:
         self.asked: str | None = None

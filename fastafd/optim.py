@@ -21,6 +21,6 @@ def make_sgd(
 
 
 def learning_rate(epoch: int, epochs: int, lr: float, schedule: tuple[tuple[float, float], ...]) -> float:
-    """The rate in `epoch` (from 0): lr times the factor of the last pair (fraction of the run, factor) that has begun."""
+    """The rate in `epoch` (from 0): lr times the factor of the last pair (fraction of the run, factor) begun."""
     begun = [factor for start, factor in schedule if epoch + 1e-9 >= start * epochs]
     return lr * begun[-1]

@@ -28,7 +28,7 @@ from fastafd.step import TrainStep, resolve_amp, resolve_device
 
 
 def main(argv: list[str]) -> None:
-    config = cli.parse(PretrainConfig(), argv, prog="fastafd.pretrain")
+    config = cli.parse(PretrainConfig(), argv, prog="fastafd.pretrain", about=__doc__)
     console = Console()
     dataset = load_dataset(config.task.dataset, config.task.data_dir, config.task.image_size)
     pretrain(config, dataset, console)
@@ -74,12 +74,12 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> nn.M
     fit(step, loader, sgd, folder, console, label="pre-train", log_every=config.log_every, identity=identity)
     net = net.cpu().eval()
     save_model(weights, net, about(task, dataset))
-    (folder / "last.pt").unlink()  # the run is over; its optimizer state is of no use any more
+    (folder / "last.pt").unlink(missing_ok=True)  # the run is over; its optimizer state is of no use any more
     return net
 
 
 def natural_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> nn.Module:
-    """The classifier in the file (or run folder) `pretrained`, or pyautoattack's example. UsageError if it does not fit."""
+    """The classifier in a file or run folder, or pyautoattack's `example`. UsageError if it does not fit."""
     net = build_model(task.arch, len(dataset.classes), task.normalize)
     if pretrained == "example":
         if (task.arch, dataset.name, task.normalize) != ("resnet18", "cifar10", "none"):

@@ -3,11 +3,11 @@
 A variant changes fields of another recipe. Where the paper and its released code differ there are two, `paper` and
 `released`; the numbers of both and their sources:
 
-|                      | paper                          | released (github.com/changzhang777/AFD, tl+sl.py)              |
-| lr                   | 0.0025                         | 0.025                                                          |
-| beta, weight decay   | 0.25 and 5e-4, one step (Eq.6) | 0.25 and 5e-4, but the rest is stepped twice: 2 beta and 1e-3  |
-| L1 reaches           | D2 alone                       | D2, and the shared classifier twice: classifier_alpha 2 alpha  |
-| training PGD's step  | not given; 2/255 here          | 0.007                                                          |
+|                     | paper                          | released (github.com/changzhang777/AFD, tl+sl.py)            |
+| lr                  | 0.0025                         | 0.025                                                        |
+| beta, weight decay  | 0.25 and 5e-4, one step (Eq.6) | 0.25, 5e-4, but the rest is stepped twice: 2 beta and 1e-3   |
+| L1 reaches          | D2 alone                       | D2, and the shared classifier twice: classifier_alpha 2alpha |
+| training PGD's step | not given; 2/255 here          | 0.007                                                        |
 """
 
 from __future__ import annotations

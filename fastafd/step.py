@@ -8,7 +8,6 @@ Only this file knows arithmetic types and BatchNorm modes. Nothing in a step wai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastafd.attacks import PGD
 from fastafd.config import TrainConfig, UsageError, override
+from fastafd.data.augment import Augment
 from fastafd.ema import EMA
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Method
@@ -39,7 +39,7 @@ class TrainStep:
         attack_bn: str = "eval",
         ema_decay: float | None = None,
         amp: str = "auto",
-        augment: Callable[[Tensor], Tensor] | None = None,
+        augment: Augment | None = None,
         seed: int = 0,
     ):
         self.model, self.optimizer, self.method = model, optimizer, method
@@ -61,7 +61,9 @@ class TrainStep:
         well, in eval mode before the update, at the price of two more forward passes.
         """
         with self.timer("augment"):
-            x = self._to_pixels(x)
+            x, y = self._to_pixels(x), y.to(self.device, non_blocking=True)
+        if self.steps == 0:
+            self._check_first(x, y)
         teacher_features = None
         if self.teacher is not None:
             with self.timer("teacher"), torch.no_grad(), self._autocast():
@@ -97,7 +99,7 @@ class TrainStep:
         state |= {"generator": self.generator.get_state(), "steps": self.steps}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
-        if hasattr(self.augment, "generator"):
+        if self.augment is not None:
             state["augment"] = self.augment.generator.get_state()
         return state
 
@@ -108,8 +110,8 @@ class TrainStep:
         self.steps = state["steps"]
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        if "augment" in state and self.augment is not None:
-            self.augment.generator.set_state(state["augment"])  # type: ignore[attr-defined]
+        if self.augment is not None:
+            self.augment.generator.set_state(state["augment"])
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
@@ -120,6 +122,18 @@ class TrainStep:
                 x = x.permute(0, 3, 1, 2)
             x = x.to(next(self.model.parameters()).dtype) / 255
         return x.contiguous(memory_format=torch.channels_last)
+
+    def _check_first(self, x: Tensor, y: Tensor) -> None:
+        """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""
+        if x.min() < -1e-6 or x.max() > 1 + 1e-6:
+            raise UsageError(
+                f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
+                " normalisation belongs inside the model (fastafd.models.Normalize)"
+            )
+        linear = self.model.classifier if isinstance(self.model, Disentangled) else None
+        if y.min() < 0 or (linear is not None and y.max() >= linear.out_features):
+            classes = "" if linear is None else f" to {linear.out_features - 1}"
+            raise UsageError(f"y: got labels from {int(y.min())} to {int(y.max())}, takes 0{classes}")
 
     def _attacked(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.method.adversarial or self.attack is None:
@@ -168,7 +182,7 @@ class AFDStep(TrainStep):
         recipe: str | TrainConfig = "released",
         attack: PGD | None = None,
         amp: str = "auto",
-        augment: Callable[[Tensor], Tensor] | None = None,
+        augment: Augment | None = None,
         **fields: Any,
     ):
         if not isinstance(model, Disentangled):
@@ -186,6 +200,12 @@ class AFDStep(TrainStep):
             augment=augment,
             seed=config.task.seed,
         )
+
+    def averaged(self) -> Disentangled:
+        """The weight average, to be evaluated or merged."""
+        model = super().averaged()
+        assert isinstance(model, Disentangled)
+        return model
 
 
 def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:

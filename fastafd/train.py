@@ -26,7 +26,7 @@ from fastafd.console import Console
 from fastafd.data import Augment, load_dataset, make_loader
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
 from fastafd.loop import fit
-from fastafd.models import check_arch, disentangle
+from fastafd.models import check_model, disentangle
 from fastafd.optim import make_sgd
 from fastafd.pretrain import about, natural_model, pretrain
 from fastafd.recipes import find_recipe
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     config, folder = configure(argv)
     task, sgd = config.task, config.sgd
-    check_arch(task.arch)
+    check_model(task.arch, task.normalize)
     device = resolve_device(task.device)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
@@ -48,6 +48,16 @@ def main(argv: list[str]) -> None:
     console.line(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
         f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}"
+    )
+    loader = make_loader(
+        task.loader,
+        dataset.train,
+        name=dataset.name,
+        batch_size=sgd.batch_size,
+        seed=task.seed,
+        device=device,
+        cache=cache_dir(),
+        report=console.line,
     )
     if config.pretrained is not None:
         natural = natural_model(config.pretrained, task, dataset, console)
@@ -63,16 +73,6 @@ def main(argv: list[str]) -> None:
 
     # Fine-tuning: D1 and D2 go in, the natural model teaches, the weight average comes out.
     model = disentangle(natural).to(device)
-    loader = make_loader(
-        task.loader,
-        dataset.train,
-        name=dataset.name,
-        batch_size=sgd.batch_size,
-        seed=task.seed,
-        device=device,
-        cache=cache_dir(),
-        report=console.line,
-    )
     step = AFDStep(
         model,
         teacher=natural,
@@ -148,7 +148,7 @@ def parse(argv: list[str]) -> TrainConfig:
     if recipe is None and file is not None and Path(file).is_file():
         recipe = cli.read_yaml(Path(file)).get("recipe")
     base = find_recipe(str(recipe)) if recipe is not None else find_recipe("released")
-    return cli.parse(base, argv, prog="fastafd.train")
+    return cli.parse(base, argv, prog="fastafd.train", about=__doc__)
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class AFDLoss(NamedTuple):
-    """`total` is differentiable; `terms` are detached scalars; `logits` (B,C) are those of f1; `wrong_labels` (B,) is y'."""
+    """`total` is differentiable; `terms` are detached scalars; `logits` (B,C) are of f1; `wrong_labels` (B,) is y'."""
 
     total: Tensor
     terms: dict[str, Tensor]

@@ -19,7 +19,13 @@ BATCH, CLASSES = 16, 5
 
 def small_net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    body = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    body = [
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*body, nn.Linear(32, CLASSES)).double()
 
 
@@ -109,7 +115,7 @@ class Transcription:
 
 
 def run_both(weight_decay: float, steps: int = 20, lr: float = 0.025):
-    """Twenty steps of the transcription and of AFDStep from one state, one noise: their floating states and averages."""
+    """Twenty steps of the transcription and of AFDStep from one state and one noise: their states and averages."""
     net = small_net(1)
     literal = Transcription(net, lr, weight_decay)
     model = fastafd.disentangle(net)
@@ -174,7 +180,14 @@ def operands(seed: int = 3, batch: int = 7, width: int = 6, classes: int = 4, dt
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    g, t, d1, d2, w, b = draw(batch, width), draw(batch, width), draw(width, width), draw(width, width), draw(classes, width), draw(classes)
+    g, t, d1, d2, w, b = (
+        draw(batch, width),
+        draw(batch, width),
+        draw(width, width),
+        draw(width, width),
+        draw(classes, width),
+        draw(classes),
+    )
     return g, t, torch.randint(0, classes, (batch,), generator=generator), d1, d2, w, b
 
 
@@ -241,7 +254,9 @@ def test_edge_batches_stay_finite():
     assert out.total.isfinite() and all(leaf.grad.isfinite().all() for leaf in (g, d1, d2, w, b))
 
 
-@pytest.mark.parametrize("name, shape", [("teacher_features", (7, 5)), ("labels", (6,)), ("d1_weight", (6, 5)), ("classifier_bias", (3,))])
+@pytest.mark.parametrize(
+    "name, shape", [("teacher_features", (7, 5)), ("labels", (6,)), ("d1_weight", (6, 5)), ("classifier_bias", (3,))]
+)
 def test_wrong_shapes_are_named(name, shape):
     names = ["features", "teacher_features", "labels", "d1_weight", "d2_weight", "classifier_weight", "classifier_bias"]
     arguments = dict(zip(names, operands(), strict=True)) | {name: torch.zeros(shape)}
@@ -260,7 +275,9 @@ def test_afd_step_in_a_plain_loop_with_a_torchvision_classifier():
     net = torchvision.models.resnet18(num_classes=4)
     model = fastafd.disentangle(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    step = fastafd.AFDStep(model, net, optimizer, attack=fastafd.PGD(eps="8/255", step_size="4/255", steps=2), gamma=5.0)
+    step = fastafd.AFDStep(
+        model, net, optimizer, attack=fastafd.PGD(eps="8/255", step_size="4/255", steps=2), gamma=5.0
+    )
     assert step.method.gamma == 5.0 and step.method.alpha == find_recipe("released").method.alpha
     x = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     y = torch.arange(8) % 4
@@ -298,7 +315,9 @@ def test_attack_leaves_batchnorm_alone_unless_asked():
         assert (not torch.equal(before, model.backbone[1].running_mean)) == moved
 
 
-@pytest.mark.parametrize("fields, words", [({"gama": 1.0}, "gamma"), ({"recipe": "relased"}, "released"), ({"gamma": -1}, "gamma")])
+@pytest.mark.parametrize(
+    "fields, words", [({"gama": 1.0}, "gamma"), ({"recipe": "relased"}, "released"), ({"gamma": -1}, "gamma")]
+)
 def test_mistakes_name_the_field(fields, words):
     net = small_net(2)
     model = fastafd.disentangle(net)

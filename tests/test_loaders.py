@@ -181,6 +181,22 @@ def test_folder_trees_give_the_same_batches(cifar10, cache):
         assert_same(loader.epoch(3), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_on_a_gpu_are_those_of_the_cpu(kind, digits, cache):
+    loader = loader_of(kind, digits.train, cache, "digits-train", device="cuda", drop_last=False)
+    expected = list(loader_of("resident", digits.train, cache, drop_last=False).epoch(1))
+    batches = list(loader.epoch(1))
+    assert all(x.is_cuda and y.is_cuda and x.is_contiguous() for x, y in batches)
+    assert_same([(x.cpu(), y.cpu()) for x, y in batches], expected)
+    augment, reference = Augment(4, True, seed=0), Augment(4, True, seed=0)
+    for (x, _), (expected_x, _) in zip(batches, expected, strict=True):
+        torch.testing.assert_close(
+            augment(x).cpu(), reference(expected_x), rtol=0, atol=1e-7
+        )  # x/255 against x*(1/255)
+
+
 def test_usage_errors_of_loaders(split, cache):
     with pytest.raises(UsageError, match="did you mean ffcv"):
         loader_of("fcv", split, cache)
@@ -339,6 +355,23 @@ def test_a_write_cut_short_leaves_nothing(limit, split, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
     ensure_beton(split, "digits", tmp_path, print)
+
+
+@needs_ffcv
+def test_a_page_cut_short_unnoticed_leaves_nothing(split, tmp_path, monkeypatch):
+    """Room that comes back after a short write: FFCV goes on, and its table would point beside the images."""
+    from ffcv.memory_allocator import MemoryAllocator
+
+    whole = MemoryAllocator.flush_page
+
+    def cut_short(self):
+        whole(self)
+        self.fp.truncate(self.fp.tell() - 1000)
+
+    monkeypatch.setattr(MemoryAllocator, "flush_page", cut_short)
+    with pytest.raises(RunError, match="bytes arrived of"):
+        ensure_beton(split, "digits", tmp_path, print)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_ffcv

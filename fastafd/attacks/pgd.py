@@ -1,4 +1,4 @@
-"""Projected gradient descent on the cross-entropy (Madry et al., arXiv 1706.06083): Eq. 2 of the AFD paper, iterated."""
+"""Projected gradient descent on the cross-entropy (Madry et al., arXiv 1706.06083): Eq. 2 of the AFD paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from fastafd.config import check, number, pixels, setting, switch
 class PGD:
     """An l-infinity PGD attack; call it with a classifier and a batch. `eps` and `step_size` also take "8/255"."""
 
-    eps: float = setting(8 / 255, "radius of the l-infinity ball, in pixels of [0,1]; a fraction such as 8/255 too", pixels)
+    eps: float = setting(
+        8 / 255, "radius of the l-infinity ball, in pixels of [0,1]; a fraction such as 8/255 too", pixels
+    )
     step_size: float = setting(2 / 255, "length of one step, in pixels of [0,1]; a fraction such as 2/255 too", pixels)
     steps: int = setting(10, "number of gradient steps", number(0, whole=True))
     random_start: bool = setting(True, "start at a uniform point of the ball rather than at the image", switch)

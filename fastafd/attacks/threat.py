@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def linf_start(x: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """x plus uniform noise from [-eps, eps], in x's memory format; not yet clipped to [0,1], as in the released code."""
+    """x plus uniform noise from [-eps, eps], in x's memory format; not clipped to [0,1], as in the released code."""
     noise = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
     return x + noise
 

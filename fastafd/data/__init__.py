@@ -3,7 +3,8 @@
 from fastafd.data.augment import Augment, crop_flip, to_unit
 from fastafd.data.beton import ensure_beton
 from fastafd.data.loaders import LOADERS, Loader, epoch_order, make_loader
-from fastafd.data.sources import DATASETS, ArraySplit, Dataset, FolderSplit, Split, load_dataset
+from fastafd.data.sources import DATASETS, Dataset, load_dataset
+from fastafd.data.splits import ArraySplit, FolderSplit, Split
 
 __all__ = [
     "DATASETS",

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from fastafd.config import RunError
-from fastafd.data.sources import Split
+from fastafd.data.splits import Split
 
 Report = Callable[[str], None]
 BLOCK = 256  # images decoded at a time while writing

@@ -6,7 +6,7 @@ loaders do no augmentation, so that the choice of loader changes nothing but the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from queue import Empty
 from types import ModuleType
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastafd.config import RunError, UsageError, unknown
 from fastafd.data.beton import Report, ensure_beton, import_ffcv
-from fastafd.data.sources import Split, first_line
+from fastafd.data.splits import Split, first_line
 
 LOADERS = ("ffcv", "resident", "torch")
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -44,7 +44,7 @@ class Loader:
     def __len__(self) -> int:
         return self.batches
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
         """The batches of an epoch from number `start` on: uint8 (B,H,W,3) contiguous and int64 (B,), on the device.
 
         Closing the iterator early frees its threads and buffers. Raises ValueError for a start outside 0..len.

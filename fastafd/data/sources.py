@@ -7,10 +7,8 @@ the layout on disk, so that a model trained from a folder tree is comparable wit
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fastafd.config import UsageError, unknown
+from fastafd.data.splits import ArraySplit, FolderSplit, Split, first_line, read_size
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -34,103 +33,6 @@ CIFAR100_CLASSES = tuple(  # the fine labels
 TINY_IMAGENET_CLASSES = 200
 DIGITS_SEED = 0  # of the train/test cut: a constant, so that every run and every user has the same test images
 DIGITS_TEST_FRACTION = 0.2
-
-
-class Split:
-    """Labelled images of one square size: `labels` int64 (N,), `image_size` in pixels, and a `fingerprint`."""
-
-    labels: np.ndarray
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, i: int) -> np.ndarray:
-        """Image `i`, uint8 (H,W,3); UsageError if its file cannot be read or has another size."""
-        raise NotImplementedError
-
-    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
-        """The images at `indices` (all if None), uint8 (N,H,W,3); UsageError as for `image`."""
-        raise NotImplementedError
-
-    @property
-    def fingerprint(self) -> str:
-        """A hex SHA-256 that changes when the labels, the images or their order change."""
-        raise NotImplementedError
-
-    def check_labels(self, classes: int) -> None:
-        """Raise UsageError for the first label outside 0..classes-1."""
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
-        if len(wrong):
-            first = wrong[0]
-            raise UsageError(f"label out of range: image {first} has {self.labels[first]}, takes 0..{classes - 1}")
-
-
-class ArraySplit(Split):
-    """A split held in memory: images uint8 (N,H,W,3), labels (N,)."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.array = np.ascontiguousarray(images, dtype=np.uint8)
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.image_size = self.array.shape[1]
-
-    def image(self, i: int) -> np.ndarray:
-        return self.array[i]
-
-    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
-        return self.array if indices is None else self.array[indices]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.array.shape).encode())
-        digest.update(self.labels.tobytes())
-        digest.update(self.array.data)
-        return digest.hexdigest()
-
-
-class FolderSplit(Split):
-    """A split decoded from files on demand; `resize` brings other sizes to image_size, else they are errors."""
-
-    def __init__(
-        self, root: Path, paths: list[str], labels: Sequence[int], classes: Sequence[str], image_size: int, resize: bool
-    ) -> None:
-        self.root = root
-        self.paths = paths  # relative to root, in the order of the labels
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes = tuple(classes)
-        self.image_size = image_size
-        self.resize = resize
-
-    def image(self, i: int) -> np.ndarray:
-        return read_image(self.root / self.paths[i], self.image_size, self.resize)
-
-    def images(self, indices: np.ndarray | None = None) -> np.ndarray:
-        indices = np.arange(len(self)) if indices is None else np.asarray(indices)
-        out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
-
-        def decode(start: int) -> None:
-            for place in range(start, min(start + 64, len(indices))):
-                out[place] = self.image(indices[place])
-
-        # Threads, not processes: Pillow releases the interpreter lock while it decodes.
-        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
-            try:
-                list(pool.map(decode, range(0, len(indices), 64)))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # else the error waits for every image that is still queued
-                raise
-        return out
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.classes, self.image_size, self.resize)).encode())
-        for path, label in zip(self.paths, self.labels, strict=True):
-            try:
-                stat = (self.root / path).stat()
-            except OSError as error:
-                raise UsageError(f"data_dir: cannot read {self.root / path} ({error.strerror})") from error
-            digest.update(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -365,43 +267,5 @@ def image_files(root: Path, folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image in pixels, from its header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception as error:
-        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
-
-
-def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
-    """An image file as uint8 (size,size,3); UsageError if it cannot be read, or has another size without `resize`."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
-        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
-    if image.size == (size, size):
-        return np.asarray(image)
-    if not resize:
-        raise UsageError(
-            f"data_dir: {path} is {image.width}x{image.height} pixels, takes {size}x{size}"
-            " (dataset=imagefolder with --image_size N resizes and crops)"
-        )
-    scale = size / min(image.size)
-    width, height = (max(size, int(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
 def and_more(found: Sequence[object]) -> str:
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

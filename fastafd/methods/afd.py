@@ -1,4 +1,4 @@
-"""AFD: adversarial fine-tuning via disentanglement (Eq. 1 to 6); the losses themselves are `fastafd.kernels.afd_loss`."""
+"""AFD: adversarial fine-tuning via disentanglement (Eq. 1 to 6); the losses are `fastafd.kernels.afd_loss`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from fastafd.models.disentangle import Disentangled, disentangle
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
 from fastafd.models.wideresnet import WideResNet
 
-__all__ = ["ARCHS", "NORMALIZATIONS", "Disentangled", "Normalize", "build_model", "check_arch", "disentangle"]
+__all__ = ["ARCHS", "NORMALIZATIONS", "Disentangled", "Normalize", "build_model", "check_model", "disentangle"]
 
 ARCHS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": lambda classes: ResNet(BasicBlock, (2, 2, 2, 2), classes),
@@ -51,8 +51,8 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def check_arch(arch: str) -> str:
-    """The name itself if it can be built, else UsageError with the nearest name."""
+def check_model(arch: str, normalize: str) -> None:
+    """UsageError, with the nearest name, for a classifier or a normalisation that cannot be built."""
     wide = re.fullmatch(r"wrn(\d+)_(\d+)", arch)
     if wide and arch not in ARCHS:
         depth, widen = int(wide[1]), int(wide[2])
@@ -60,7 +60,8 @@ def check_arch(arch: str) -> str:
             raise UsageError(f"arch: got {arch!r}, takes wrnN_K with depth N = 6n + 4 (10, 16, 22, 28, 34, …), K >= 1")
     elif arch not in ARCHS:
         raise unknown("arch", arch, [*ARCHS, "wrnN_K"])
-    return arch
+    if normalize not in NORMALIZATIONS:
+        raise unknown("normalize", normalize, NORMALIZATIONS)
 
 
 def build_model(arch: str, num_classes: int, normalize: str = "none") -> nn.Module:
@@ -70,9 +71,7 @@ def build_model(arch: str, num_classes: int, normalize: str = "none") -> nn.Modu
     in front, as RobustBench does: the keys are then `normalize.mean`, `normalize.std` and `model.*`.
     Raises UsageError for an unknown name.
     """
-    check_arch(arch)
-    if normalize not in NORMALIZATIONS:
-        raise unknown("normalize", normalize, NORMALIZATIONS)
+    check_model(arch, normalize)
     if arch in ARCHS:
         net = ARCHS[arch](num_classes)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Disentangled(nn.Module):
-    """A classifier taken apart into `backbone` (pooled features g), `d1`, `d2` and `classifier`. Made by `disentangle`."""
+    """A classifier as `backbone` (pooled features g), `d1`, `d2` and `classifier`. Made by `disentangle`."""
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):
         super().__init__()
@@ -63,7 +63,11 @@ def disentangle(net: nn.Module) -> Disentangled:
     leaves = [(name, m) for name, m in net.named_modules() if next(m.children(), None) is None]
     weighted = [(name, m) for name, m in leaves if next(m.parameters(), None) is not None]
     if not weighted or not isinstance(weighted[-1][1], nn.Linear) or not weighted[-1][0]:
-        found = f"; its last layer with parameters is {weighted[-1][0]} ({type(weighted[-1][1]).__name__})" if weighted else ""
+        found = (
+            f"; its last layer with parameters is {weighted[-1][0]} ({type(weighted[-1][1]).__name__})"
+            if weighted
+            else ""
+        )
         raise ValueError(f"{type(net).__name__} does not end in one nn.Linear behind its features{found}")
     name, classifier = weighted[-1]
     assert isinstance(classifier, nn.Linear)

@@ -1,0 +1,225 @@
+"""What bad input gets: exit code 2 (or 1) and one line with the field, what it got and what it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fastafd
+from fastafd import cli, evaluate, pretrain, train
+from fastafd.config import UsageError
+from fastafd.models import build_model
+
+
+def line_of(main, argv, capsys, code: int = 2) -> str:
+    """The one line that the verb ends with."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, [str(word) for word in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == code, err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+FLAGS = [  # flags, words of the answer
+    ("--arch resnet-18", ["arch", "resnet-18", "did you mean resnet18?"]),
+    ("--arch wrn33_10", ["arch", "6n + 4"]),
+    ("--dataset cifar11", ["dataset", "cifar11", "did you mean cifar10?"]),
+    ("--recipe relesed", ["recipe", "relesed", "did you mean released?"]),
+    ("--attack.eps 8", ["attack.eps", "'8'", "8/255"]),
+    ("--attack.eps=-0.1", ["attack.eps", "8/255"]),
+    ("--attack.step-size 2/0", ["attack.step_size", "2/0"]),
+    ("--attack.steps 2.5", ["attack.steps", "whole number"]),
+    ("--lr fast", ["lr", "fast", "a number >= 0"]),
+    ("--momentum 1.5", ["momentum", "from 0 to 1"]),
+    ("--batch-size 0", ["batch_size", "whole number >= 1"]),
+    ("--epoch 3", ["--epoch", "did you mean --epochs?"]),
+    ("--epochs", ["--epochs", "takes a value"]),
+    ("--loader fcv", ["loader", "did you mean ffcv?"]),
+    ("--device gpu", ["device", "cuda"]),
+    ("--device cuda:77", ["device", "cuda:77", "CUDA devices"]),
+    ("--amp fp8", ["amp", "bf16"]),
+    ("--normalize cifar --dataset digits", ["normalize", "did you mean cifar10?"]),
+    ("--lr-schedule 0.5:1", ["lr_schedule", "FRACTION:FACTOR"]),
+    ("--pretrained example --dataset digits", ["pretrained", "example", "CIFAR-10"]),
+    ("--pretrained nowhere.pt --dataset digits", ["nowhere.pt", "there is none"]),
+    ("--config nowhere.yaml", ["config", "nowhere.yaml"]),
+    ("--resume nowhere", ["resume", "nowhere", "config.yaml"]),
+    ("--resume", ["resume", "run folder"]),
+    ("--resume nowhere --lr 1", ["resume", "no other flag"]),
+    ("--dataset imagefolder --data-dir nowhere", ["data_dir", "nowhere"]),
+    ("--recipe digits --batch-size 5000", ["batch_size", "5000"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", FLAGS, ids=[flags for flags, _ in FLAGS])
+def test_train(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = line_of(train.main, flags.split(), capsys)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "runs").exists()  # a mistake leaves no run folder
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lrr: 0.1", ["lrr", "did you mean lr?"]),
+        ("attack:\n  esp: 8/255", ["attack.esp", "attack.eps"]),
+        ("attack:\n  eps: 8", ["attack.eps", "8/255"]),
+        ("recipe: papre", ["recipe", "paper"]),
+        ("- 1", ["config"]),
+        ("lr: [", ["config"]),
+    ],
+)
+def test_config_file(text, words, capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    line = line_of(train.main, ["--config", file], capsys)
+    assert all(word in line for word in words), line
+
+
+def test_settings_come_from_recipe_then_file_then_flags(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("recipe: paper\nlr: 0.5\nattack:\n  eps: 4/255\ngamma: 3\n")
+    config = train.parse(["--config", str(file), "--gamma", "7", "--attack.step-size", "1/255"])
+    assert (config.recipe, config.sgd.lr, config.sgd.weight_decay) == ("paper", 0.5, 5e-4)
+    assert (config.attack.eps, config.attack.step_size) == (4 / 255, 1 / 255)
+    assert (config.method.gamma, config.method.beta) == (7.0, 0.25)
+
+
+@pytest.mark.parametrize("recipe", ["released", "paper", "released_cifar100", "digits"])
+def test_config_files_read_back_as_they_were(recipe, tmp_path):
+    config = train.parse(["--recipe", recipe, "--lr", "0.01", "--eval-n", "7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(cli.to_yaml(config))
+    assert train.parse(["--config", str(file)]) == config
+
+
+def test_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for flag in ("--attack.eps", "--alpha", "--pretrained", "--data-dir", "--pretrain.epochs", "--seed"):
+        assert flag in shown
+    assert "0.025" in shown and "<" not in shown
+
+
+# -- files of weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A good file, and files that are wrong in one way each."""
+    state = build_model("resnet8", 10).state_dict()
+    torch.save(state, tmp_path / "good.pt")
+    data = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"epoch": 3}, tmp_path / "foreign.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save(build_model("resnet8", 7).state_dict(), tmp_path / "seven.pt")
+    torch.save(build_model("wrn10_2", 10).state_dict(), tmp_path / "wrn.pt")
+    torch.save(build_model("resnet8", 10, "cifar10").state_dict(), tmp_path / "normalized.pt")
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "good.safetensors")
+    safe = (tmp_path / "good.safetensors").read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(safe[: len(safe) // 2])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("missing.pt", ["missing.pt"]),
+        ("truncated.pt", ["truncated.pt", "truncated"]),
+        ("text.pt", ["text.pt"]),
+        ("empty.pt", ["empty.pt"]),
+        ("foreign.pt", ["foreign.pt", "state dict"]),
+        ("module.pt", ["module.pt", "more than tensors"]),
+        ("seven.pt", ["linear.weight", "(7, 64)", "(10, 64)"]),
+        ("wrn.pt", ["wrn.pt", "does not fit", "missing"]),
+        ("normalized.pt", ["--normalize"]),
+        ("truncated.safetensors", ["truncated.safetensors"]),
+    ],
+)
+def test_wrong_weights(weights, file, words, capsys):
+    for argv in (
+        ["--arch", "resnet8", "--dataset", "digits", "--weights", weights / file],
+        ["--recipe", "digits", "--pretrained", weights / file],
+    ):
+        line = line_of(evaluate.main if "--weights" in argv else train.main, argv, capsys)
+        assert all(word in line for word in words), line
+
+
+def test_evaluate_says_what_it_needs(weights, capsys):
+    cases = [
+        (["--weights", weights / "good.pt", "--dataset", "digits"], ["arch", "--weights"]),
+        (["--weights", weights / "good.pt", "--arch", "resnet8"], ["dataset"]),
+        (["--dataset", "digits"], ["model", "--weights"]),
+        ([weights / "good.safetensors", "--dataset", "digits"], ["--arch"]),
+        ([weights / "nowhere", "--dataset", "digits"], ["nowhere", "run folder"]),
+        ([weights / "text.pt", "--dataset", "digits"], ["safetensors"]),
+        (["--dataset", "digits", "--attack", "pgd-20"], ["attack", "did you mean pgd20?"]),
+        (["--dataset", "digits", "--n", "0"], ["n:", ">= 1"]),
+    ]
+    for argv, words in cases:
+        line = line_of(evaluate.main, argv, capsys)
+        assert all(word in line for word in words), line
+
+
+def test_out_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("lr: 1\n")
+    line = line_of(train.main, ["--recipe", "digits", "--out", tmp_path], capsys)
+    assert "--resume" in line
+
+
+def test_resume_of_a_broken_checkpoint(tmp_path, digit_tree, capsys):
+    config = train.parse(["--recipe", "digits", "--epochs", "1", "--pretrain.epochs", "0", "--autoattack-n", "0"])
+    (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
+    for content in (b"", b"nonsense"):
+        (tmp_path / "last.pt").write_bytes(content)
+        assert "last.pt" in line_of(train.main, ["--resume", tmp_path], capsys)
+    torch.save({"state_dict": {}}, tmp_path / "last.pt")
+    assert "not a checkpoint" in line_of(train.main, ["--resume", tmp_path], capsys)
+
+
+def test_pretrain_is_a_verb_with_the_same_manners(capsys):
+    assert "did you mean --lr?" in line_of(pretrain.main, ["--lrr", "1"], capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["--recipe", "digits", "--pretrain.epochs", "0", "--out", tmp_path / "file" / "run"]
+    assert "file" in line_of(train.main, argv, capsys, code=1)
+
+
+# -- the step in somebody's loop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x, y, words",
+    [
+        (torch.full((2, 3, 8, 8), 1.5), torch.tensor([0, 1]), "normalisation"),
+        (torch.full((2, 3, 8, 8), -0.5), torch.tensor([0, 1]), r"\[0,1\]"),
+        (torch.rand(2, 3, 8, 8), torch.tensor([0, 10]), "takes 0 to 9"),
+        (torch.rand(2, 3, 8, 8), torch.tensor([-1, 1]), "takes 0 to 9"),
+    ],
+)
+def test_images_and_labels_out_of_range(x, y, words):
+    net = build_model("resnet8", 10)
+    model = fastafd.disentangle(net)
+    step = fastafd.AFDStep(model, net, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(UsageError, match=words):
+        step(x, y)
+
+
+def test_pixels_a_rounding_error_outside_are_let_through():
+    net = build_model("resnet8", 10)
+    model = fastafd.disentangle(net)
+    step = fastafd.AFDStep(model, net, torch.optim.SGD(model.parameters(), lr=0.1), attack=fastafd.PGD(steps=1))
+    step(torch.rand(2, 3, 8, 8) - 3e-8, torch.tensor([0, 1]))
