@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from fastafd import cli
-from fastafd.config import unknown
+from fastafd.settings import unknown
 
 VERBS = {
     "train": "pre-train or load a natural model, fine-tune it with AFD, evaluate, save",

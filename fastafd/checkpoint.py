@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastafd.config import RunError, UsageError
 from fastafd.models import build_model
+from fastafd.settings import RunError, UsageError
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema", "net", "last")
 PREFIXES = ("module.", "_orig_mod.")

@@ -22,8 +22,8 @@ import jsonargparse
 import yaml
 
 from fastafd.checkpoint import save_text
-from fastafd.config import RunError, UsageError, switch
 from fastafd.loop import Stopped
+from fastafd.settings import RunError, UsageError, switch
 
 
 def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:

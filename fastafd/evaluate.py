@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from fastafd import cli
 from fastafd.attacks import PGD
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_text
-from fastafd.config import UsageError, check, choice, number, optional, path, setting, switch, text
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
 from fastafd.models import build_model
+from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
 from fastafd.step import resolve_device
 
 EPS = 8 / 255

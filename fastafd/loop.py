@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fastafd.checkpoint import load_run, save_run
-from fastafd.config import SGD, RunError, UsageError
+from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
 from fastafd.optim import learning_rate
+from fastafd.settings import RunError, UsageError
 from fastafd.step import TrainStep
 
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from fastafd import cli
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_model
-from fastafd.config import PretrainConfig, Task, UsageError, cache_dir
+from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, load_dataset, make_loader
 from fastafd.loop import fit
 from fastafd.methods import Natural
 from fastafd.models import build_model
 from fastafd.optim import make_sgd
+from fastafd.settings import UsageError, cache_dir
 from fastafd.step import TrainStep, resolve_amp, resolve_device
 
 

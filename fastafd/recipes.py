@@ -17,8 +17,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from fastafd.attacks import PGD
-from fastafd.config import SGD, PretrainConfig, Task, TrainConfig, unknown
+from fastafd.config import SGD, PretrainConfig, Task, TrainConfig
 from fastafd.methods import AFD
+from fastafd.settings import unknown
 
 # Epochs 1-10 of 20 at lr, then x4/5 at 11 and halved at 13, 15, 17 and 19 (released code; "the same as Suzuki et al.").
 FLAT_THEN_HALVING = ((0.0, 1.0), (0.5, 0.8), (0.6, 0.4), (0.7, 0.2), (0.8, 0.1), (0.9, 0.05))

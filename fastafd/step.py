@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.attacks import PGD
-from fastafd.config import TrainConfig, UsageError, override
+from fastafd.config import TrainConfig
 from fastafd.data.augment import Augment
 from fastafd.ema import EMA
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Method
 from fastafd.models import Disentangled, disentangle
 from fastafd.recipes import find_recipe
+from fastafd.settings import UsageError, override
 from fastafd.timing import PhaseTimer
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastafd import cli
 from fastafd.checkpoint import save_model, save_text
-from fastafd.config import PretrainConfig, TrainConfig, UsageError, cache_dir
+from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, load_dataset, make_loader
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
@@ -30,6 +30,7 @@ from fastafd.models import check_model, disentangle
 from fastafd.optim import make_sgd
 from fastafd.pretrain import about, natural_model, pretrain
 from fastafd.recipes import find_recipe
+from fastafd.settings import UsageError, cache_dir
 from fastafd.step import AFDStep, resolve_amp, resolve_device
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastafd.attacks import PGD
-from fastafd.config import UsageError
+from fastafd.settings import UsageError
 
 
 def network(seed: int, channels_last: bool = False) -> nn.Module:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastafd.config import UsageError
 from fastafd.data import DATASETS, ArraySplit, Augment, crop_flip, load_dataset, to_unit
 from fastafd.data.sources import CIFAR10_CLASSES, CIFAR100_CLASSES
+from fastafd.settings import UsageError
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 PER_CLASS = 20

@@ -83,7 +83,7 @@ def test_autoattack_with_fewer_classes_than_its_targets(digits):
         y = net(x).argmax(1)
     correct, details = autoattack(net, x, y, 1e-4, 4, 0, Console(), "six")
     assert correct.shape == (4,) and set(details["accuracy_after"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
-    with pytest.raises(fastafd.config.UsageError, match="4 classes"):
+    with pytest.raises(fastafd.settings.UsageError, match="4 classes"):
         autoattack(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), x, y % 3, 1e-4, 4, 0, Console(), "three")
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastafd.config import RunError, UsageError
 from fastafd.data import LOADERS, ArraySplit, Augment, ensure_beton, epoch_order, load_dataset, make_loader
 from fastafd.data.beton import find_fault, import_ffcv
+from fastafd.settings import RunError, UsageError
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import fastafd
 from fastafd import cli, evaluate, pretrain, train
-from fastafd.config import UsageError
 from fastafd.models import build_model
+from fastafd.settings import UsageError
 
 
 def line_of(main, argv, capsys, code: int = 2) -> str:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastafd
-from fastafd.config import UsageError
 from fastafd.models import ARCHS, build_model
+from fastafd.settings import UsageError
 
 # (arch, parameters in millions for ten classes, features); counts of the papers' tables and performance.md
 SIZES = [

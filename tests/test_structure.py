@@ -11,9 +11,10 @@ from conftest import ROOT
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    ["config", "kernels"],
-    ["models", "attacks", "data", "timing", "console"],
+    ["settings", "kernels", "timing", "console"],
+    ["models", "attacks", "data"],
     ["methods", "ema", "optim", "checkpoint"],
+    ["config"],
     ["recipes"],
     ["step"],
     ["loop"],

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import fastafd
 from fastafd import train
 from fastafd.checkpoint import load_run
-from fastafd.config import RunError, UsageError
+from fastafd.settings import RunError, UsageError
 
 # 240 images of 8x8 pixels, 15 steps an epoch
 SMALL = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastafd.attacks.threat import linf_start, linf_step
-from fastafd.config import check, number, pixels, setting, switch
+from fastafd.settings import check, number, pixels, setting, switch
 
 
 @dataclass(frozen=True)

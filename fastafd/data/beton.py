@@ -19,8 +19,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from fastafd.config import RunError
 from fastafd.data.splits import Split
+from fastafd.settings import RunError
 
 Report = Callable[[str], None]
 BLOCK = 256  # images decoded at a time while writing

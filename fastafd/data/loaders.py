@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastafd.config import RunError, UsageError, unknown
 from fastafd.data.beton import Report, ensure_beton, import_ffcv
 from fastafd.data.splits import Split, first_line
+from fastafd.settings import RunError, UsageError, unknown
 
 LOADERS = ("ffcv", "resident", "torch")
 Batches = Generator[tuple[Tensor, Tensor], None, None]

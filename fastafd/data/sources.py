@@ -15,8 +15,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fastafd.config import UsageError, unknown
 from fastafd.data.splits import ArraySplit, FolderSplit, Split, first_line, read_size
+from fastafd.settings import UsageError, unknown
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastafd.config import UsageError
+from fastafd.settings import UsageError
 
 
 class Split:

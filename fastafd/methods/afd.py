@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fastafd.config import check, number, setting
 from fastafd.kernels import afd_loss
 from fastafd.methods.base import Loss
 from fastafd.models import Disentangled
+from fastafd.settings import check, number, setting
 
 
 @dataclass(frozen=True)

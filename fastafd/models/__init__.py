@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastafd.config import UsageError, unknown
 from fastafd.models.disentangle import Disentangled, disentangle
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
 from fastafd.models.wideresnet import WideResNet
+from fastafd.settings import UsageError, unknown
 
 __all__ = ["ARCHS", "NORMALIZATIONS", "Disentangled", "Normalize", "build_model", "check_model", "disentangle"]
 
