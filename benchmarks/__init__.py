@@ -1,0 +1,1 @@
+"""Measurements of the project, and the tables made of them."""
