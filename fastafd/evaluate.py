@@ -9,9 +9,7 @@ Evaluation is in fp32 and eager, whatever the training was: reported robustness 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastafd import cli
-from fastafd.attacks import PGD
+from fastafd.attacks import PGD, run_autoattack
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_text
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
@@ -135,33 +133,45 @@ def evaluate(
     """Accuracy under each of `attacks` ("clean", "pgd20", "autoattack"), each with its images' indices and interval.
 
     `n` and `autoattack_n` images (None: all) are drawn class-balanced, the smaller draw within the larger one.
-    The model is put into eval mode and otherwise left alone; global generators are left as they were.
+    The model is put into eval mode and otherwise left alone; global generators are left as they were. Convolutions are
+    computed in true fp32: TF32, which PyTorch allows them by default, is off meanwhile.
     """
-    device = next(model.parameters()).device
     model.eval()
-    result: dict[str, Any] = {"eps": "8/255", "seed": seed}
-    for attack in attacks:
-        indices = balanced_draw(test.labels, autoattack_n if attack == "autoattack" else n, seed)
-        x = to_unit(torch.from_numpy(test.images(indices)))
-        y = torch.from_numpy(test.labels[indices])
-        began = time.perf_counter()
-        details: dict[str, Any] = {}
-        if attack == "autoattack":
-            correct, details = autoattack(model, x, y, EPS, batch_size, seed, console, f"{label} AutoAttack")
-        else:
-            pgd = PGD20 if attack == "pgd20" else None
-            correct = accuracy_under(model, x, y, pgd, device, batch_size, seed, console, f"{label} {attack}")
-        result[attack] = {
-            "n": len(indices),
-            "correct": int(correct.sum()),
-            "accuracy": float(correct.double().mean()),
-            "interval": wilson(int(correct.sum()), len(indices)),
-            "seconds": time.perf_counter() - began,
-            **details,
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = {
+            attack: _measure(
+                model, test, attack, autoattack_n if attack == "autoattack" else n, batch_size, seed, console, label
+            )
+            for attack in attacks
         }
-        if len(indices) < len(test):
-            result[attack]["indices"] = indices.tolist()
-    return result
+    return {"eps": "8/255", "seed": seed, **found}
+
+
+def _measure(
+    model: nn.Module,
+    test: Split,
+    attack: str,
+    n: int | None,
+    batch_size: int,
+    seed: int,
+    console: Console,
+    label: str,
+) -> dict[str, Any]:
+    indices = balanced_draw(test.labels, n, seed)
+    x = to_unit(torch.from_numpy(test.images(indices)))
+    y = torch.from_numpy(test.labels[indices])
+    began = time.perf_counter()
+    details: dict[str, Any] = {}
+    if attack == "autoattack":
+        correct, details = autoattack(model, x, y, batch_size, seed, console, f"{label} AutoAttack")
+    else:
+        pgd = PGD20 if attack == "pgd20" else None
+        correct = accuracy_under(model, x, y, pgd, batch_size, seed, console, f"{label} {attack}")
+    count = int(correct.sum())
+    drawn = {"indices": indices.tolist()} if len(indices) < len(test) else {}
+    seconds = time.perf_counter() - began
+    share = {"n": len(y), "correct": count, "accuracy": count / len(y), "interval": wilson(count, len(y))}
+    return {**share, "seconds": seconds, **details, **drawn}
 
 
 def accuracy_under(
@@ -169,13 +179,13 @@ def accuracy_under(
     x: Tensor,
     y: Tensor,
     attack: PGD | None,
-    device: torch.device,
     batch_size: int,
     seed: int,
     console: Console,
     label: str,
 ) -> Tensor:
     """Which of the images stay correct, (N,) bool; the attack's starts come from a generator of their own."""
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     correct = torch.zeros(len(y), dtype=torch.bool)
     with Bar(console, label, len(y)) as bar:
@@ -192,75 +202,20 @@ def accuracy_under(
 
 
 def autoattack(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, console: Console, label: str
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int, console: Console, label: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """AutoAttack standard (Croce and Hein 2020) through pyautoattack: which images stay correct (N,), and its warnings.
+    """Which images survive AutoAttack standard, (N,) bool, and the accuracy after each of its attacks.
 
-    Needs at least four classes (the targeted losses rank that many): UsageError below. Every image that the library
-    returns is checked here, against the ball and by the model, so the count is ours and not a log line.
+    Every image that the library returns is checked here, against the ball and by the model, so the count is ours
+    and not a line of its log.
     """
-    from pyautoattack import AutoAttack
-
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        classes = model(x[:1].to(device)).shape[1]
-    if classes < 4:
-        raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
-    x = x.contiguous(memory_format=torch.contiguous_format)  # a channels-last input breaks its gradient checks
-    with _AutoAttackLog(console, label) as log, torch.random.fork_rng():  # it seeds the global generators
-        adversary = AutoAttack(_Logits(model), norm="Linf", eps=eps, version="standard", seed=seed, device=device)
-        if classes < 10:  # nine targets are the nine wrong classes of ten
-            adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
-        x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
-    x_adv = x_adv.cpu()
-    if not x_adv.isfinite().all() or (x_adv - x).abs().max() > eps + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+    found = run_autoattack(model, x, y, EPS, batch_size, seed, lambda line: console.line(f"{label}: {line}"))
+    outside = (found.x_adv - x).abs().max() > EPS + 1e-6 or found.x_adv.min() < 0 or found.x_adv.max() > 1
+    if outside or not found.x_adv.isfinite().all():
         raise RuntimeError("AutoAttack returned an image outside the ball or outside [0,1]")
-    checked = accuracy_under(model, x_adv, y, None, device, batch_size, seed, console, f"{label} check")
-    survivors = checked & (predicted.cpu() == y)
-    return survivors, {"version": "standard", "accuracy_after": log.accuracy_after, "warnings": log.warnings}
-
-
-class _Logits(nn.Module):
-    """The classifier as AutoAttack wants it: fp32 logits in memory of their own, since Square writes into them."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).float().clone()
-
-
-class _AutoAttackLog(logging.Handler):
-    """Turns the library's log into progress lines, and keeps its warnings and the accuracy after each attack."""
-
-    def __init__(self, console: Console, label: str):
-        super().__init__(logging.DEBUG)
-        self.console, self.label = console, label
-        self.warnings: list[str] = []
-        self.accuracy_after: dict[str, float] = {}
-        self.logger = logging.getLogger("auto-attack")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        after = re.match(r"robust accuracy after (\S+): ([\d.]+)%", message)
-        if after:
-            self.accuracy_after[after[1].lower()] = float(after[2]) / 100
-        if record.levelno >= logging.WARNING:
-            self.warnings.append(message)
-        if after or record.levelno >= logging.WARNING:
-            self.console.line(f"{self.label}: {message}")
-
-    def __enter__(self) -> _AutoAttackLog:
-        self.before = self.logger.level, self.logger.propagate
-        self.logger.setLevel(logging.DEBUG)
-        self.logger.propagate = False
-        self.logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self)
-        self.logger.level, self.logger.propagate = self.before
+    correct = accuracy_under(model, found.x_adv, y, None, batch_size, seed, console, f"{label} check")
+    survivors = correct & (found.predicted == y)
+    return survivors, {"version": "standard", "accuracy_after": found.accuracy_after, "warnings": found.warnings}
 
 
 # -- counting -----------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_losses_of_low_precision_features_are_computed_in_fp32_even_under_autoca
         out = afd_loss(low, t.detach().to(dtype), y, d1, d2, w, b)
     exact = afd_loss(low.double(), t.detach().to(dtype).double(), y, d1.double(), d2.double(), w.double(), b.double())
     assert out.total.dtype == torch.float32
-    assert abs(float(out.total) - float(exact.total)) < 1e-5 * abs(float(exact.total))
+    torch.testing.assert_close(out.total.detach().double(), exact.total.detach(), rtol=1e-5, atol=0)
 
 
 def test_edge_batches_stay_finite():

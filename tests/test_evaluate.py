@@ -11,10 +11,11 @@ from torch import nn
 
 import fastafd
 from fastafd import evaluate as module
+from fastafd.attacks import run_autoattack
 from fastafd.checkpoint import fit_weights, load_weights, save_model
 from fastafd.console import Console
 from fastafd.data import load_dataset, to_unit
-from fastafd.evaluate import PGD20, autoattack, evaluate
+from fastafd.evaluate import PGD20, evaluate
 from fastafd.models import build_model
 from fastafd.pretrain import example_weights
 
@@ -81,10 +82,10 @@ def test_autoattack_with_fewer_classes_than_its_targets(digits):
     x = to_unit(torch.from_numpy(digits.test.images(np.arange(4))))
     with torch.no_grad():
         y = net(x).argmax(1)
-    correct, details = autoattack(net, x, y, 1e-4, 4, 0, Console(), "six")
-    assert correct.shape == (4,) and set(details["accuracy_after"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    found = run_autoattack(net, x, y, 1e-4, 4, 0, print)
+    assert found.predicted.shape == (4,) and set(found.accuracy_after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     with pytest.raises(fastafd.settings.UsageError, match="4 classes"):
-        autoattack(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), x, y % 3, 1e-4, 4, 0, Console(), "three")
+        run_autoattack(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), x, y % 3, 1e-4, 4, 0, print)
 
 
 def test_command_on_a_run_like_file(tmp_path, capsys):

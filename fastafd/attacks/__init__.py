@@ -1,5 +1,6 @@
-"""Attacks: the l-infinity threat model and projected gradient descent in it."""
+"""Attacks: the l-infinity threat model, projected gradient descent in it, and AutoAttack."""
 
+from fastafd.attacks.autoattack import AutoAttackFound, run_autoattack
 from fastafd.attacks.pgd import PGD
 
-__all__ = ["PGD"]
+__all__ = ["PGD", "AutoAttackFound", "run_autoattack"]

@@ -1,0 +1,89 @@
+"""AutoAttack standard (Croce and Hein 2020) through pyautoattack, past the library's traps."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastafd.settings import UsageError
+
+
+class AutoAttackFound(NamedTuple):
+    """`x_adv` (N,3,H,W) and `predicted` (N,), on the CPU; the accuracy after each attack; the library's warnings."""
+
+    x_adv: Tensor
+    predicted: Tensor
+    accuracy_after: dict[str, float]
+    warnings: list[str]
+
+
+def run_autoattack(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, report: Callable[[str], None]
+) -> AutoAttackFound:
+    """The strongest point that APGD-CE, targeted APGD, targeted FAB and Square find for each image, in that order.
+
+    x: float32 (N,3,H,W) in [0,1]; y: (N,) int64; both on the CPU. Global generators are left as they were.
+    The targeted losses rank four classes: UsageError for a model with fewer.
+    """
+    from pyautoattack import AutoAttack
+
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        classes = model(x[:1].to(device)).shape[1]
+    if classes < 4:
+        raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
+    x = x.contiguous(memory_format=torch.contiguous_format)  # a channels-last input breaks its gradient checks
+    with _Log(report) as log, torch.random.fork_rng():  # it seeds the global generators
+        adversary = AutoAttack(_Logits(model), norm="Linf", eps=eps, version="standard", seed=seed, device=device)
+        if classes < 10:  # nine targets are the nine wrong classes of ten
+            adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
+        x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
+    return AutoAttackFound(x_adv.cpu(), predicted.cpu(), log.accuracy_after, log.warnings)
+
+
+class _Logits(nn.Module):
+    """The classifier as AutoAttack wants it: fp32 logits in memory of their own, since Square writes into them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float().clone()
+
+
+class _Log(logging.Handler):
+    """Turns the library's log into progress lines, and keeps its warnings and the accuracy after each attack."""
+
+    def __init__(self, report: Callable[[str], None]):
+        super().__init__(logging.DEBUG)
+        self.report = report
+        self.warnings: list[str] = []
+        self.accuracy_after: dict[str, float] = {}
+        self.logger = logging.getLogger("auto-attack")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        after = re.match(r"robust accuracy after (\S+): ([\d.]+)%", message)
+        if after:
+            self.accuracy_after[after[1].lower()] = float(after[2]) / 100
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(message)
+        if after or record.levelno >= logging.WARNING:
+            self.report(message)
+
+    def __enter__(self) -> _Log:
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.setLevel(logging.DEBUG)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.level, self.logger.propagate = self.before
