@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastafd.files import write_atomic
 from fastafd.models import build_model
-from fastafd.settings import RunError, UsageError
+from fastafd.settings import UsageError
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema", "net", "last")
 PREFIXES = ("module.", "_orig_mod.")
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; RunError, and no trace, where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"{path}: cannot be written: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text))
 
 
 def save_run(path: Path, state: dict[str, Any]) -> None:
@@ -104,7 +83,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+                return {_strip(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"weights: {path} is no whole safetensors file: {error}") from None
     state = _load_pickle(path)
@@ -115,10 +94,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         state = inner
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"weights: {path} holds no state dict")
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return {_strip(name): value for name, value in tensors.items()}
+    return {_strip(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def fit_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
@@ -149,6 +125,8 @@ def fit_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str) 
                 f"weights: {source} does not fit the architecture: {name} is {tuple(weights[name].shape)},"
                 f" takes {tuple(value.shape)}"
             )
+        if not weights[name].isfinite().all():
+            raise UsageError(f"weights: {source} holds numbers that are not finite, in {name}")
     net.load_state_dict(weights)
 
 

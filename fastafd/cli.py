@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from fastafd.checkpoint import save_text
+from fastafd.files import save_text
 from fastafd.loop import Stopped
 from fastafd.settings import RunError, UsageError, switch
 
@@ -36,6 +36,7 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
         usage="%(prog)s [--FLAG VALUE …]",
         description=about,
         allow_abbrev=False,
+        print_config=None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings, such as a run folder's config.yaml")
@@ -65,9 +66,11 @@ def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """All settings, as `--config` reads them."""
+    """All settings but the run folder, as `--config` reads them."""
     tree: dict[str, Any] = {}
     for name, value, _ in _entries(config):
+        if name == "out":
+            continue
         *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
@@ -134,20 +137,31 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
+        names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
         unrecognised = re.search(r"unrecognized arguments: (\S+)", message)
         foreign_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
         lonely = re.search(r"argument (\S+): expected one argument", message)
+        if unrecognised and not unrecognised[1].startswith("-"):
+            raise UsageError(f"{unrecognised[1]}: no flag stands before it; a run folder to evaluate goes first")
         if unrecognised:
             got = unrecognised[1].split("=")[0]
-            near = difflib.get_close_matches(got, flags, n=1, cutoff=0.5)
-            raise UsageError(f"{got}: no such flag{f' (did you mean {near[0]}?)' if near else '; --help lists them'}")
+            near = _nearest(got.removeprefix("--").replace("-", "_"), names)
+            hint = f" (did you mean --{near.replace('_', '-')}?)" if near else "; --help lists them"
+            raise UsageError(f"{got}: no such flag{hint}")
         if foreign_key:
-            names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
-            near = difflib.get_close_matches(foreign_key[1], names, n=1, cutoff=0.5)
-            raise UsageError(f"{foreign_key[1]}: no such setting{f' (did you mean {near[0]}?)' if near else ''}")
+            near = _nearest(foreign_key[1], names)
+            raise UsageError(f"{foreign_key[1]}: no such setting{f' (did you mean {near}?)' if near else ''}")
         if lonely:
             raise UsageError(f"{lonely[1]}: takes a value")
         raise UsageError(re.sub(r'Parser key "([^"]+)":', r"\1:", message))
+
+
+def _nearest(got: str, names: list[str]) -> str | None:
+    """The setting that was meant: one whose last part is `got`, else one that is spelt alike."""
+    for name in names:
+        if name.rpartition(".")[2] == got:
+            return name
+    return next(iter(difflib.get_close_matches(got, names, n=1, cutoff=0.6)), None)
 
 
 def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastafd.attacks import PGD
 from fastafd.methods import Method
-from fastafd.settings import check, choice, lr_steps, number, optional, part, path, setting, text
+from fastafd.settings import check, choice, lr_steps, number, optional, part, path, setting, text, weights_file
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Task:
     """Which classifier, on which images, on which machine."""
 
     arch: str = setting(
-        "resnet18", "classifier: resnet18, resnet50, preactresnet18, wrn34_10 (any wrnN_K), resnet8", text
+        "resnet18", "classifier: resnet18, resnet50, preactresnet18, wrn34_10 (any wrnN_K), resnet8, resnet8_half", text
     )
     dataset: str = setting("cifar10", "cifar10, cifar100, tiny-imagenet, imagefolder or digits", text)
     data_dir: Path = setting(Path("data"), "folder that holds the data set, or an image tree of its classes", path)
@@ -26,10 +26,12 @@ class Task:
     loader: str = setting("ffcv", "what feeds the batches", choice("ffcv", "resident", "torch"))
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
     amp: str = setting(
-        "auto", "arithmetic of the forward passes; auto: bf16 on a GPU, else fp32", choice("auto", "bf16", "fp32")
+        "auto",
+        "arithmetic of the forward passes; auto: bf16 on a GPU that has it, else fp32 (convolutions there in TF32)",
+        choice("auto", "bf16", "fp32"),
     )
     seed: int = setting(
-        0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, whole=True)
+        0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, 2**32, whole=True)
     )
 
     def __post_init__(self) -> None:
@@ -68,12 +70,14 @@ class TrainConfig:
     sgd: SGD = part(flat=True)
     pretrain: SGD = part()
     attack_bn: str = setting(
-        "eval", "BatchNorm during the attack: running or batch statistics", choice("eval", "train")
+        "eval",
+        "BatchNorm during the attack: running (eval) or batch statistics (train, which moves the running ones too)",
+        choice("eval", "train"),
     )
     d2_weight_decay: float = setting(5e-4, "weight decay on D2", number(0))
     ema_decay: float = setting(0.999, "decay of the weight average, reached as (1+t)/(10+t)", number(0, 1))
     pretrained: str | None = setting(
-        None, "natural weights to start from: a file, or 'example'; else they are pre-trained", optional(text)
+        None, "natural weights to start from: a file, or 'example'; else they are pre-trained", optional(weights_file)
     )
     out: Path | None = setting(None, "run folder; default runs/DATE-TIME-DATASET-ARCH-RECIPE", optional(path))
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
@@ -99,6 +103,9 @@ class PretrainConfig:
         None, "run folder; default a folder in the cache that the configuration names", optional(path)
     )
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
+    save_every: int = setting(
+        0, "steps between two saves of last.pt within an epoch; 0: epochs alone", number(0, whole=True)
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -34,7 +34,7 @@ class Console:
 
 
 class Bar:
-    """A progress bar over `total` steps, or every 15 s a line. Use as a context; `advance` after each step."""
+    """A progress bar over `total` steps, or every 15 s a line; `note` stands behind it. `advance` after each step."""
 
     def __init__(self, console: Console, label: str, total: int, done: int = 0):
         self.console, self.label, self.total = console, label, total
@@ -52,9 +52,8 @@ class Bar:
             self.progress.start()
         return self
 
-    def advance(self, count: int = 1, note: str | None = None) -> None:
+    def advance(self, count: int = 1) -> None:
         self.done += count
-        self.note = self.note if note is None else note
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done, note=self.note)
             return

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from fastafd import cli
-from fastafd.attacks import PGD, run_autoattack
-from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_text
+from fastafd.attacks import PGD, check_classes, run_autoattack
+from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
+from fastafd.files import save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
 from fastafd.step import resolve_device
@@ -46,6 +47,11 @@ class EvaluateConfig:
     normalize: str = setting("none", "normalisation layer of --weights: none, cifar10, cifar100 or imagenet", text)
     dataset: str | None = setting(None, "data set; default the run's own", optional(text))
     data_dir: Path | None = setting(None, "folder that holds it; default the run's own, else data", optional(path))
+    image_size: int | None = setting(
+        None,
+        "side in pixels that an image folder is resized to; default the run's own",
+        optional(number(8, 1024, True)),
+    )
     attack: str = setting("pgd20", "clean, pgd20 (and clean) or autoattack (and both)", choice(*ATTACKS))
     n: int | None = setting(
         None, "number of test images, a seeded class-balanced draw; default all", optional(number(1, whole=True))
@@ -67,27 +73,28 @@ def main(argv: list[str]) -> None:
     device = resolve_device(config.device)
 
     # The model, and the data set that its run folder or the command line names.
+    if (config.model is None) == (config.weights is None):
+        raise UsageError("model: takes a run folder or a model.safetensors, or else --weights FILE with --arch")
+    if config.model is not None and config.arch is not None:
+        raise UsageError(f"arch: {config.model} says which classifier it holds; --arch goes with --weights")
+    net, about = load_model_about(config.model) if config.model is not None else (None, {})
     settings = run_settings(config.model)
-    dataset_name = config.dataset or settings.get("dataset")
+    dataset_name = config.dataset or settings.get("dataset") or about.get("dataset")
     if dataset_name is None:
         raise UsageError("dataset: got none, takes the name of a data set, such as --dataset cifar10")
-    data_dir = config.data_dir or Path(settings.get("data_dir", "data"))
-    dataset = load_dataset(dataset_name, data_dir, settings.get("image_size"))
-    if config.weights is not None:
+    own = settings if settings.get("dataset") == dataset_name else {}
+    image_size = config.image_size or own.get("image_size")
+    dataset = load_dataset(dataset_name, config.data_dir or Path(own.get("data_dir", "data")), image_size)
+    if net is None:
         if config.arch is None:
             raise UsageError("arch: got none, takes the classifier that --weights belong to, such as --arch resnet18")
         net = build_model(config.arch, len(dataset.classes), config.normalize)
-        fit_weights(net, load_weights(config.weights), config.weights)
-        shown = config.weights
-    elif config.model is not None:
-        net, about = load_model_about(config.model)
-        if about["num_classes"] != len(dataset.classes):
-            raise UsageError(
-                f"dataset: {dataset_name} has {len(dataset.classes)} classes, {config.model} {about['num_classes']}"
-            )
-        shown = config.model
-    else:
-        raise UsageError("model: got none, takes a run folder, or --weights FILE with --arch and --dataset")
+        fit_weights(net, load_weights(Path(str(config.weights))), str(config.weights))
+    elif about.get("classes", list(dataset.classes)) != list(dataset.classes):
+        raise UsageError(
+            f"dataset: {config.model} was trained on the classes of {about['dataset']}, not {dataset_name}"
+        )
+    shown = Path(str(config.model or config.weights))
 
     result = evaluate(
         net.to(device),
@@ -137,41 +144,34 @@ def evaluate(
     computed in true fp32: TF32, which PyTorch allows them by default, is off meanwhile.
     """
     model.eval()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        found = {
-            attack: _measure(
-                model, test, attack, autoattack_n if attack == "autoattack" else n, batch_size, seed, console, label
-            )
-            for attack in attacks
-        }
-    return {"eps": "8/255", "seed": seed, **found}
-
-
-def _measure(
-    model: nn.Module,
-    test: Split,
-    attack: str,
-    n: int | None,
-    batch_size: int,
-    seed: int,
-    console: Console,
-    label: str,
-) -> dict[str, Any]:
-    indices = balanced_draw(test.labels, n, seed)
-    x = to_unit(torch.from_numpy(test.images(indices)))
-    y = torch.from_numpy(test.labels[indices])
-    began = time.perf_counter()
-    details: dict[str, Any] = {}
-    if attack == "autoattack":
-        correct, details = autoattack(model, x, y, batch_size, seed, console, f"{label} AutoAttack")
-    else:
-        pgd = PGD20 if attack == "pgd20" else None
-        correct = accuracy_under(model, x, y, pgd, batch_size, seed, console, f"{label} {attack}")
-    count = int(correct.sum())
-    drawn = {"indices": indices.tolist()} if len(indices) < len(test) else {}
-    seconds = time.perf_counter() - began
-    share = {"n": len(y), "correct": count, "accuracy": count / len(y), "interval": wilson(count, len(y))}
-    return {**share, "seconds": seconds, **details, **drawn}
+    cudnn = torch.backends.cudnn
+    as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    result: dict[str, Any] = {"eps": "8/255", "seed": seed}
+    drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
+    if "autoattack" in attacks:
+        check_classes(model, to_unit(torch.from_numpy(test.images(np.arange(1)))))
+    with cudnn.flags(**as_is, allow_tf32=False):
+        for attack in attacks:
+            wanted = autoattack_n if attack == "autoattack" else n
+            if wanted not in drawn:
+                indices = balanced_draw(test.labels, wanted, seed)
+                images, labels = torch.from_numpy(test.images(indices)), torch.from_numpy(test.labels[indices])
+                drawn[wanted] = indices, images, labels
+            indices, images, labels = drawn[wanted]
+            began = time.perf_counter()
+            details: dict[str, Any] = {}
+            if attack == "autoattack":
+                name = f"{label} AutoAttack"
+                correct, details = autoattack(model, to_unit(images), labels, batch_size, seed, console, name)
+            else:
+                pgd = PGD20 if attack == "pgd20" else None
+                correct = accuracy_under(model, images, labels, pgd, batch_size, seed, console, f"{label} {attack}")
+            count, seconds = int(correct.sum()), time.perf_counter() - began
+            result[attack] = {"n": len(labels), "correct": count, "accuracy": count / len(labels)}
+            result[attack] |= {"interval": wilson(count, len(labels)), "seconds": seconds, **details}
+            if len(indices) < len(test):
+                result[attack]["indices"] = indices.tolist()
+    return result
 
 
 def accuracy_under(
@@ -184,14 +184,19 @@ def accuracy_under(
     console: Console,
     label: str,
 ) -> Tensor:
-    """Which of the images stay correct, (N,) bool; the attack's starts come from a generator of their own."""
+    """Which of the images, uint8 (N,H,W,3) or float32 (N,3,H,W), stay correct: (N,) bool.
+
+    The attack's starts come from a generator of their own.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     correct = torch.zeros(len(y), dtype=torch.bool)
     with Bar(console, label, len(y)) as bar:
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
-            images = x[part].to(device).contiguous(memory_format=torch.channels_last)
+            images = x[part].to(device)
+            images = to_unit(images) if images.dtype == torch.uint8 else images
+            images = images.contiguous(memory_format=torch.channels_last)
             labels = y[part].to(device)
             if attack is not None:
                 images = attack(model, images, labels, generator)

@@ -17,13 +17,17 @@ from fastafd.checkpoint import load_run, save_run
 from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
+from fastafd.files import save_text
 from fastafd.optim import learning_rate
 from fastafd.settings import RunError, UsageError
 from fastafd.step import TrainStep
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; it has been saved. Exit code 75, so that a scheduler may requeue it."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; what it had is saved. Exit code 75, so that a scheduler may requeue it.
+
+    Like KeyboardInterrupt no Exception, since nothing that recovers from errors should catch it.
+    """
 
 
 def fit(
@@ -36,34 +40,35 @@ def fit(
     label: str,
     log_every: int,
     save_every: int = 0,
-    identity: dict[str, Any] | None = None,
+    identity: str,
 ) -> dict[str, float]:
     """Train for sgd.epochs epochs, from `folder/last.pt` where that exists; returns seconds by phase.
 
     Writes `metrics.jsonl` (one line every `log_every` steps) and `last.pt` (after every epoch, every `save_every`
-    steps, and on SIGTERM or SIGINT). `identity` says what must be the same on resuming (the data's fingerprint).
+    steps, and on SIGTERM or SIGINT). `identity` says what must be the same on resuming: the data, the settings.
     Raises RunError for a loss that is not finite (the last good checkpoint stays), Stopped after a signal.
     """
-    last, identity = folder / "last.pt", identity or {}
+    last = folder / "last.pt"
+    for left in folder.glob(".*.tmp"):  # by a run that was killed while it wrote
+        left.unlink()
+    step.timer.on = True
     per_epoch = len(loader)
     done, seconds = 0, {}
     if last.exists():
         state = load_run(last)
         if state["progress"]["identity"] != identity:
-            raise UsageError(
-                f"resume: {last} was written with other data: {state['progress']['identity']}, not {identity}"
-            )
+            raise UsageError(f"resume: {last} was written with other data, or by a run of other settings")
         step.load_state_dict(state["step"])
         done, seconds = state["progress"]["steps"], state["progress"]["seconds"]
         console.line(f"{label}: resumed at step {done} of {per_epoch * sgd.epochs}")
-    log = MetricsLog(folder, done, step)
 
     def save() -> None:
         log.check_finite()
         progress = {"steps": done, "seconds": log.total_seconds(seconds), "identity": identity}
         save_run(last, {"step": step.state_dict(), "progress": progress})
 
-    with StopFlag() as stop, Bar(console, label, per_epoch * sgd.epochs, done) as bar:
+    bar = Bar(console, label, per_epoch * sgd.epochs, done)
+    with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar:
         while done < per_epoch * sgd.epochs:
             epoch, first = divmod(done, per_epoch)
             rate = learning_rate(epoch, sgd.epochs, sgd.lr, sgd.lr_schedule)
@@ -80,14 +85,14 @@ def fit(
                         bar.note = log.write(done, epoch, rate)
                     bar.advance()
                     if stop.asked:
-                        save()
-                        raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
+                        break
                     if save_every and done % save_every == 0 and done % per_epoch:
                         save()
             finally:
                 batches.close()
             save()
-    log.close()
+            if stop.asked:  # also when the signal came during the save
+                raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
     return log.total_seconds(seconds)
 
 
@@ -97,12 +102,12 @@ class MetricsLog:
     def __init__(self, folder: Path, steps: int, step: TrainStep):
         self.path, self.step = folder / "metrics.jsonl", step
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _lines_up_to(self.path, steps)
-        self.file = self.path.open("w", buffering=1)
-        self.file.writelines(kept)
-        self.tensorboard = _tensorboard(folder)
+        save_text(self.path, "".join(_lines_up_to(self.path, steps)))
+        self.file = self.path.open("a", buffering=1)
+        self.tensorboard = _tensorboard(folder, steps)
         self.bad_step = torch.full((), -1, device=step.device)  # the first step whose loss was not finite
         self.phases: dict[str, float] = {}
+        self.began_run = time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
@@ -130,10 +135,9 @@ class MetricsLog:
         """RunError that names the step if a loss was NaN or infinite since the last check."""
         bad = int(self.bad_step)
         if bad >= 0:
-            raise RunError(
-                f"loss: not finite at step {bad}; {self.path.parent / 'last.pt'} keeps the last good state."
-                " A smaller --lr is the usual cure"
-            )
+            last = self.path.parent / "last.pt"
+            kept = f"{last} keeps the last good state" if last.exists() else "nothing had been saved yet"
+            raise RunError(f"loss: not finite at step {bad}; {kept}. A smaller learning rate is the usual cure")
 
     def write(self, steps: int, epoch: int, rate: float) -> str:
         """One line; returns its gist for the progress bar."""
@@ -143,7 +147,7 @@ class MetricsLog:
         means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
         wall = time.perf_counter() - self.began
         seconds = {"data": self.waited, **self.step.timer.collect()}
-        for phase, spent in {**seconds, "wall": wall}.items():
+        for phase, spent in seconds.items():
             self.phases[phase] = self.phases.get(phase, 0.0) + spent
         record = {
             "step": steps,
@@ -164,9 +168,14 @@ class MetricsLog:
         return f"epoch {epoch + 1}, loss {means['loss']:.3f}, {gist}, {record['images_s']:.0f} images/s"
 
     def total_seconds(self, earlier: dict[str, float]) -> dict[str, float]:
-        return {name: earlier.get(name, 0.0) + self.phases.get(name, 0.0) for name in {**earlier, **self.phases}}
+        """Wall-clock seconds of the loop, and those of each phase as far as they are logged; all processes together."""
+        spent = {"wall": time.perf_counter() - self.began_run, **self.phases}
+        return {name: earlier.get(name, 0.0) + spent.get(name, 0.0) for name in {**spent, **earlier}}
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -206,9 +215,9 @@ def _lines_up_to(path: Path, steps: int) -> list[str]:
     return kept
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, steps: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    except Exception:  # not installed, or at odds with its protobuf: no reason to lose a run
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from fastafd import cli
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_model
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
-from fastafd.data import Augment, Dataset, load_dataset, make_loader
+from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
 from fastafd.loop import fit
 from fastafd.methods import Natural
 from fastafd.models import build_model
@@ -36,30 +37,29 @@ def main(argv: list[str]) -> None:
     console.line("evaluate it: python -m fastafd.evaluate " + str(folder_of(config, dataset)))
 
 
-def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> nn.Module:
-    """The natural classifier of `config`, in eval mode on the CPU: from the cache, else trained (and resumed) there."""
-    folder = folder_of(config, dataset)
+def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
+    """The natural classifier of `config`, in eval mode on the CPU, and what its file says of it.
+
+    It comes from its folder, else it is trained (and resumed) there.
+
+    UsageError where that folder (`out`) holds another model.
+    """
+    folder, shape = folder_of(config, dataset), shaping(config, dataset)
     weights = folder / "model.safetensors"
     if weights.exists():
-        net, _ = load_model_about(weights)
+        net, found = load_model_about(weights)
+        if found.get("shape") != shape:
+            raise UsageError(f"out: {weights} is a model of other settings or data; take another folder")
         console.line(f"natural model: {weights}")
-        return net
+        return net, found
 
     task, sgd = config.task, config.sgd
     device = resolve_device(task.device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        net = build_model(task.arch, len(dataset.classes), task.normalize).to(device)
-    loader = make_loader(
-        task.loader,
-        dataset.train,
-        name=dataset.name,
-        batch_size=sgd.batch_size,
-        seed=task.seed,
-        device=device,
-        cache=cache_dir(),
-        report=console.line,
-    )
+        net = build_model(task.arch, len(dataset.classes), task.normalize)
+    loader = loader_of(task, sgd.batch_size, dataset, device, console)
+    net = net.to(device)
     step = TrainStep(
         net,
         make_sgd(net, sgd.lr, sgd.momentum, sgd.weight_decay),
@@ -70,13 +70,36 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> nn.M
     )
     console.line(f"natural pre-training: {task.arch} on {dataset.name}, {sgd.epochs} epochs, in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    cli.write_config(folder, config)
-    identity = {"data": dataset.train.fingerprint, "steps_per_epoch": len(loader)}
-    fit(step, loader, sgd, folder, console, label="pre-train", log_every=config.log_every, identity=identity)
+    seconds = fit(
+        step,
+        loader,
+        sgd,
+        folder,
+        console,
+        label="pre-train",
+        log_every=config.log_every,
+        save_every=config.save_every,
+        identity=shape,
+    )
     net = net.cpu().eval()
-    save_model(weights, net, about(task, dataset))
+    found = about(task, dataset) | {"shape": shape, "pretraining_seconds": seconds["wall"]}
+    save_model(weights, net, found)
     (folder / "last.pt").unlink(missing_ok=True)  # the run is over; its optimizer state is of no use any more
-    return net
+    return net, found
+
+
+def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.device, console: Console) -> Loader:
+    """The training images in batches, on the device."""
+    return make_loader(
+        task.loader,
+        dataset.train,
+        name=dataset.name,
+        batch_size=batch_size,
+        seed=task.seed,
+        device=device,
+        cache=cache_dir(),
+        report=console.line,
+    )
 
 
 def natural_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> nn.Module:
@@ -111,20 +134,25 @@ def folder_of(config: PretrainConfig, dataset: Dataset) -> Path:
     """The folder of this pre-training: `out`, or one in the cache named by everything that shapes the weights."""
     if config.out is not None:
         return config.out
+    key = hashlib.sha256(shaping(config, dataset).encode()).hexdigest()[:12]
+    return cache_dir() / "pretrained" / f"{dataset.name}-{config.task.arch}-{key}"
+
+
+def shaping(config: PretrainConfig, dataset: Dataset) -> str:
+    """Everything that shapes the weights, as JSON."""
     task = config.task
-    shaping = {
+    shape = {
         "arch": task.arch,
         "normalize": task.normalize,
         "seed": task.seed,
         "amp": resolve_amp(task.amp, resolve_device(task.device)),
-        "data": dataset.train.fingerprint,
+        "data": dataset.train.identity,
         "sgd": dataclasses.asdict(config.sgd),
     }
-    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_dir() / "pretrained" / f"{dataset.name}-{task.arch}-{key}"
+    return json.dumps(shape, sort_keys=True)
 
 
-def about(task: Task, dataset: Dataset) -> dict[str, object]:
+def about(task: Task, dataset: Dataset) -> dict[str, Any]:
     """What a weights file's header says of its classifier."""
     return {
         "arch": task.arch,

@@ -69,12 +69,12 @@ def digits() -> TrainConfig:
     return replace(
         base,
         recipe="digits",
-        task=replace(base.task, arch="resnet8", dataset="digits"),
+        task=replace(base.task, arch="resnet8_half", dataset="digits"),
         attack=replace(base.attack, steps=7, step_size=2 / 255),
         sgd=replace(base.sgd, epochs=10, batch_size=64),
         pretrain=replace(base.pretrain, epochs=10, batch_size=64, lr=0.1),
         log_every=11,
-        autoattack_n=50,
+        autoattack_n=20,
     )
 
 

@@ -78,13 +78,14 @@ def number(low: float, high: float = math.inf, whole: bool = False) -> Parser:
 
     def parse(value: object, field: str) -> float | int:
         try:
-            parsed = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            parsed = math.nan
-        fits = low <= parsed <= high and math.isfinite(parsed) and not (whole and parsed != int(parsed))
+            exact = whole and not isinstance(value, float)
+            parsed = int(value) if exact else float(value)  # type: ignore[call-overload, arg-type]
+            fits = low <= parsed <= high and math.isfinite(parsed) and not (whole and parsed != int(parsed))
+        except (TypeError, ValueError, OverflowError):
+            fits = False
         if not fits or isinstance(value, bool):
             raise UsageError(f"{field}: got {value!r}, takes {takes}")
-        return int(parsed) if whole else parsed
+        return int(parsed) if whole else float(parsed)
 
     return parse
 
@@ -112,7 +113,12 @@ def optional(inner: Parser) -> Parser:
 def path(value: object, field: str) -> Path:
     if not isinstance(value, (str, Path)):
         raise UsageError(f"{field}: got {value!r}, takes a path")
-    return Path(value).expanduser()
+    return Path(value).expanduser().absolute()  # a run folder's config must hold from anywhere
+
+
+def weights_file(value: object, field: str) -> str:
+    """A path, made absolute, or the word "example"."""
+    return "example" if value == "example" else str(path(value, field))
 
 
 def text(value: object, field: str) -> str:
@@ -147,22 +153,3 @@ def check(config: Any) -> None:
         parse = field.metadata.get("parse")
         if parse is not None:
             object.__setattr__(config, field.name, parse(getattr(config, field.name), field.name))
-
-
-def override(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of `config` with fields replaced by name, those of flat parts included. UsageError for an unknown name."""
-    direct, left = {}, dict(changes)
-    names: list[str] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        names.append(field.name)
-        if field.name in left:
-            direct[field.name] = left.pop(field.name)
-        elif field.metadata.get("flat"):
-            inner = {f.name for f in dataclasses.fields(value)}
-            names += sorted(inner)
-            mine = {name: left.pop(name) for name in list(left) if name in inner}
-            direct[field.name] = override(value, mine)
-    if left:
-        raise unknown("setting", next(iter(left)), names)
-    return dataclasses.replace(config, **direct)

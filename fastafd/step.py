@@ -8,7 +8,9 @@ Only this file knows arithmetic types and BatchNorm modes. Nothing in a step wai
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Method
 from fastafd.models import Disentangled, disentangle
 from fastafd.recipes import find_recipe
-from fastafd.settings import UsageError, override
+from fastafd.settings import UsageError, unknown
 from fastafd.timing import PhaseTimer
 
 
@@ -43,6 +45,8 @@ class TrainStep:
         augment: Augment | None = None,
         seed: int = 0,
     ):
+        if method.uses_teacher and teacher is None:
+            raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
         self.attack, self.attack_bn = attack, attack_bn
@@ -62,7 +66,7 @@ class TrainStep:
         well, in eval mode before the update, at the price of two more forward passes.
         """
         with self.timer("augment"):
-            x, y = self._to_pixels(x), y.to(self.device, non_blocking=True)
+            x, y = self._to_pixels(x), y.to(self.device, torch.int64, non_blocking=True)
         if self.steps == 0:
             self._check_first(x, y)
         teacher_features = None
@@ -116,13 +120,14 @@ class TrainStep:
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
+        dtype = next(self.model.parameters()).dtype
         if x.dtype == torch.uint8:
             if x.shape[-1] == 3 and self.augment is not None:
                 return self.augment(x)
             if x.shape[1] != 3:
                 x = x.permute(0, 3, 1, 2)
-            x = x.to(next(self.model.parameters()).dtype) / 255
-        return x.contiguous(memory_format=torch.channels_last)
+            x = x.to(dtype) / 255
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
         """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""
@@ -169,8 +174,9 @@ class AFDStep(TrainStep):
 
     model: `fastafd.disentangle(net)`; teacher: the natural classifier that `net` started from, frozen here as a copy;
     optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.optim.make_sgd`).
-    recipe: a name or a config; `attack` replaces its attack, and any of its fields (alpha=, beta=, gamma=,
-    ema_decay= …) overrides it. amp: "auto" (bf16 on a GPU, else fp32), "bf16" or "fp32".
+    recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
+    classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
+    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16" or "fp32".
     `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
     Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
     """
@@ -188,18 +194,22 @@ class AFDStep(TrainStep):
     ):
         if not isinstance(model, Disentangled):
             raise ValueError(f"AFDStep takes fastafd.disentangle(net), not {type(model).__name__}")
-        config = override(find_recipe(recipe) if isinstance(recipe, str) else recipe, fields)
+        config = find_recipe(recipe) if isinstance(recipe, str) else recipe
+        attack = attack or config.attack
+        own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
+        of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
+        for name in fields:
+            if name not in (*of_method, *of_attack, *own):
+                raise unknown("AFDStep", name, [*of_method, *of_attack, *own])
         super().__init__(
             model,
             optimizer,
-            config.method,
+            replace(config.method, **{name: fields[name] for name in fields if name in of_method}),  # type: ignore[type-var]
             teacher=teacher,
-            attack=attack or config.attack,
-            attack_bn=config.attack_bn,
-            ema_decay=config.ema_decay,
+            attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
             amp=amp,
             augment=augment,
-            seed=config.task.seed,
+            **own | {name: fields[name] for name in fields if name in own},
         )
 
     def averaged(self) -> Disentangled:
@@ -231,20 +241,22 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(f"device: got {name!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and kernel launches go to the current device
     return device
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
     """ "bf16" or "fp32"; "auto" is bf16 where a GPU computes it."""
     if amp == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if amp not in ("bf16", "fp32"):
         raise UsageError(f"amp: got {amp!r}, takes auto, bf16 or fp32")
     return amp
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
-    whole = teacher if isinstance(teacher, Disentangled) else disentangle(teacher)
+    whole = copy.deepcopy(teacher) if isinstance(teacher, Disentangled) else disentangle(teacher)
     if isinstance(student, Disentangled) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(
             f"the teacher has {whole.classifier.in_features} features, the model {student.classifier.in_features}"

@@ -11,16 +11,22 @@ import torch
 
 
 class PhaseTimer:
-    """`with timer("attack"):` adds to that phase. On CUDA between two events, which only `collect` waits for."""
+    """`with timer("attack"):` adds to that phase. On CUDA between two events, which only `collect` waits for.
+
+    Off until somebody who will collect switches it on: events would pile up in a loop that never does.
+    """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.on = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        if self.cuda:
+        if not self.on:
+            yield
+        elif self.cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield

@@ -5,7 +5,8 @@
     python -m fastafd.train --pretrained example                 # from the ResNet-18 that pyautoattack ships
     python -m fastafd.train --resume runs/NAME                   # go on, step-exactly, after any kind of stop
 
-A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, model.safetensors (merged) and result.json.
+A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, natural.safetensors (the teacher),
+model.safetensors (merged) and result.json.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from fastafd import cli
-from fastafd.checkpoint import save_model, save_text
+from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
-from fastafd.data import Augment, load_dataset, make_loader
+from fastafd.data import Augment, load_dataset
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
+from fastafd.files import save_text
 from fastafd.loop import fit
 from fastafd.models import check_model, disentangle
 from fastafd.optim import make_sgd
-from fastafd.pretrain import about, natural_model, pretrain
+from fastafd.pretrain import about, loader_of, natural_model, pretrain
 from fastafd.recipes import find_recipe
-from fastafd.settings import UsageError, cache_dir
+from fastafd.settings import UsageError
 from fastafd.step import AFDStep, resolve_amp, resolve_device
 
 
@@ -43,37 +45,30 @@ def main(argv: list[str]) -> None:
     device = resolve_device(task.device)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
-    # Images, and a natural classifier of them.
+    # Images, and a natural classifier of them, of which the run keeps a copy: it is the teacher after a resume too.
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
     classes = len(dataset.classes)
     console.line(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
         f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}"
     )
-    loader = make_loader(
-        task.loader,
-        dataset.train,
-        name=dataset.name,
-        batch_size=sgd.batch_size,
-        seed=task.seed,
-        device=device,
-        cache=cache_dir(),
-        report=console.line,
-    )
-    if config.pretrained is not None:
-        natural = natural_model(config.pretrained, task, dataset, console)
-    else:
-        natural = pretrain(PretrainConfig(task=task, sgd=config.pretrain, log_every=config.log_every), dataset, console)
-    natural = natural.to(device)
-    pretrained_s = time.monotonic() - began
-
+    loader = loader_of(task, sgd.batch_size, dataset, device, console)
+    kept, given = folder / "natural.safetensors", None
+    if kept.exists():
+        given = load_model_about(kept)
+    elif config.pretrained is not None:
+        given = natural_model(config.pretrained, task, dataset, console), about(task, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", json.dumps(environment, indent=1))
     console.line(f"run folder: {folder}")
+    natural, origin = given or pretrain(pretraining(config), dataset, console)
+    if not kept.exists():
+        save_model(kept, natural, origin)
+    natural = natural.to(device)
 
     # Fine-tuning: D1 and D2 go in, the natural model teaches, the weight average comes out.
-    model = disentangle(natural).to(device)
+    model = disentangle(natural)
     step = AFDStep(
         model,
         teacher=natural,
@@ -91,12 +86,13 @@ def main(argv: list[str]) -> None:
         label="AFD",
         log_every=config.log_every,
         save_every=config.save_every,
-        identity={"data": dataset.train.fingerprint, "steps_per_epoch": len(loader)},
+        identity=dataset.train.identity,
     )
     robust = step.averaged().merge()
     save_model(folder / "model.safetensors", robust, about(task, dataset))
 
     # Both models on the same test images.
+    evaluated_from = time.monotonic()
     attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
     if config.autoattack_n and classes < 4:
         console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
@@ -115,19 +111,23 @@ def main(argv: list[str]) -> None:
     }
     summary: dict[str, Any] = {
         "models": results,
-        "seconds": {"pretraining": pretrained_s, "finetuning": seconds, "all": time.monotonic() - began},
+        "seconds": {
+            "pretraining": origin.get("pretraining_seconds"),  # null for weights of unknown origin
+            "finetuning": seconds,
+            "evaluation": time.monotonic() - evaluated_from,
+        },
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         **environment,
     }
     save_text(folder / "result.json", json.dumps(summary, indent=1))
     show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
-    console.line(f"{time.monotonic() - began:.0f} s in all; the robust classifier: {folder / 'model.safetensors'}")
+    console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
     """The config and the run folder that the command line asks for; a resumed run keeps its own."""
-    if any(word.split("=")[0] == "--resume" for word in argv):
-        words = [piece for word in argv for piece in word.split("=", 1)]
+    if "--resume" in argv or any(word.startswith("--resume=") for word in argv):
+        words = argv[0].split("=", 1) + argv[1:]
         if len(words) != 2 or words[0] != "--resume":
             raise UsageError("resume: takes one run folder and no other flag, since a resumed run keeps its settings")
         folder = Path(words[1]).expanduser()
@@ -140,15 +140,25 @@ def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
     folder = config.out or Path("runs") / name
     if (folder / "config.yaml").exists():
         raise UsageError(f"out: {folder} holds a run already; --resume {folder} goes on with it")
+    if next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("/")).is_file():
+        raise UsageError(f"out: got {folder}, takes a folder, and there is a file of that name")
     return config, folder
+
+
+def pretraining(config: TrainConfig) -> PretrainConfig:
+    """The natural pre-training that a fine-tuning run without given weights begins with."""
+    return PretrainConfig(
+        task=config.task, sgd=config.pretrain, log_every=config.log_every, save_every=config.save_every
+    )
 
 
 def parse(argv: list[str]) -> TrainConfig:
     """A recipe, named by a flag or else by the --config file, with the other settings put over it."""
-    recipe, file = _value(argv, "--recipe"), _value(argv, "--config")
-    if recipe is None and file is not None and Path(file).is_file():
-        recipe = cli.read_yaml(Path(file)).get("recipe")
-    base = find_recipe(str(recipe)) if recipe is not None else find_recipe("released")
+    flag, file = _value(argv, "--recipe"), _value(argv, "--config")
+    named = cli.read_yaml(Path(file)).get("recipe") if file is not None and Path(file).is_file() else None
+    if flag is not None and named is not None and flag != named:
+        raise UsageError(f"recipe: got {flag!r}, and {file} holds the settings of {named!r}; take one of them")
+    base = find_recipe(str(flag or named or "released"))
     return cli.parse(base, argv, prog="fastafd.train", about=__doc__)
 
 

@@ -316,10 +316,27 @@ def test_attack_leaves_batchnorm_alone_unless_asked():
 
 
 @pytest.mark.parametrize(
-    "fields, words", [({"gama": 1.0}, "gamma"), ({"recipe": "relased"}, "released"), ({"gamma": -1}, "gamma")]
+    "fields, words",
+    [({"gama": 1.0}, "gamma"), ({"lr": 1.0}, "lr"), ({"recipe": "relased"}, "released"), ({"gamma": -1}, "gamma")],
 )
 def test_mistakes_name_the_field(fields, words):
     net = small_net(2)
     model = fastafd.disentangle(net)
     with pytest.raises(Exception, match=words):
         fastafd.AFDStep(model, net, make_sgd(model, 0.1, 0.9, 0.0), **fields)
+
+
+def test_fields_of_the_step_override_the_recipe():
+    net = small_net(2)
+    model = fastafd.disentangle(net)
+    step = fastafd.AFDStep(
+        model, net, make_sgd(model, 0.1, 0.9, 0.0), recipe="paper", eps="4/255", steps=3, ema_decay=0.9
+    )
+    assert (step.attack.eps, step.attack.steps, step.attack.step_size) == (4 / 255, 3, 2 / 255)
+    assert step.ema.decay == 0.9 and step.method.beta == 0.25
+
+
+def test_a_disentangled_teacher_is_copied_not_frozen():
+    model = fastafd.disentangle(small_net(2))
+    fastafd.AFDStep(model, model, make_sgd(model, 0.1, 0.9, 0.0))
+    assert all(p.requires_grad for p in model.parameters())

@@ -164,7 +164,7 @@ def test_a_wrong_size_is_named(digits_tree, file):
     said = message("digits", digits_tree)
     assert str(path) in said and "40x36" in said and "32x32" in said
     said = message("imagefolder", digits_tree)
-    assert str(path) in said and "--image_size" in said
+    assert str(path) in said and "--image-size" in said
 
 
 def test_other_colour_modes_become_rgb(digits_tree):
@@ -439,3 +439,36 @@ def test_a_restored_generator_continues_with_the_same_pixels(digits):
     torch.rand(7)  # the global generator plays no part
     for batch in expected:
         assert torch.equal(other(x), batch)
+
+
+def test_pixels_of_more_than_eight_bits_are_refused(tmp_path):
+    """Pillow's conversion to RGB would clip them to white."""
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+            Image.fromarray(ramp).save(tmp_path / part / name / "0.png")
+    with pytest.raises(UsageError, match="8 bits"):
+        load_dataset("imagefolder", tmp_path)
+
+
+def test_one_class_is_no_classification(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "only").mkdir(parents=True)
+    with pytest.raises(UsageError, match="one class"):
+        load_dataset("imagefolder", tmp_path)
+
+
+def test_digits_ignore_a_tree_of_something_else(tmp_path, digits):
+    (tmp_path / "train" / "airplane").mkdir(parents=True)
+    assert len(load_dataset("digits", tmp_path).train) == len(digits.train)
+
+
+def test_a_copy_of_a_tree_is_the_same_data_in_other_files(digits_tree, tmp_path):
+    import shutil
+
+    shutil.copytree(digits_tree, tmp_path / "copy", copy_function=shutil.copyfile)
+    first, second = (load_dataset("digits", root).train for root in (digits_tree, tmp_path / "copy"))
+    assert first.identity == second.identity and first.fingerprint != second.fingerprint

@@ -39,6 +39,11 @@ FLAGS = [  # flags, words of the answer
     ("--batch-size 0", ["batch_size", "whole number >= 1"]),
     ("--epoch 3", ["--epoch", "did you mean --epochs?"]),
     ("--epochs", ["--epochs", "takes a value"]),
+    ("--eps 8/255", ["--eps", "did you mean --attack.eps?"]),
+    ("--steps 3", ["--steps", "did you mean --attack.steps?"]),
+    ("--seed 1e20", ["seed", "1e20"]),
+    ("--print_config", ["--print_config"]),
+    ("stray", ["stray"]),
     ("--loader fcv", ["loader", "did you mean ffcv?"]),
     ("--device gpu", ["device", "cuda"]),
     ("--device cuda:77", ["device", "cuda:77", "CUDA devices"]),
@@ -71,6 +76,7 @@ def test_train(flags, words, capsys, tmp_path, monkeypatch):
         ("attack:\n  esp: 8/255", ["attack.esp", "attack.eps"]),
         ("attack:\n  eps: 8", ["attack.eps", "8/255"]),
         ("recipe: papre", ["recipe", "paper"]),
+        ("seed: 12345678901234567890", ["seed", "whole number"]),
         ("- 1", ["config"]),
         ("lr: [", ["config"]),
     ],
@@ -129,6 +135,7 @@ def weights(tmp_path):
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "good.safetensors")
     safe = (tmp_path / "good.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(safe[: len(safe) // 2])
+    torch.save(state | {"conv1.weight": torch.full_like(state["conv1.weight"], torch.nan)}, tmp_path / "nan.pt")
     return tmp_path
 
 
@@ -145,12 +152,13 @@ def weights(tmp_path):
         ("wrn.pt", ["wrn.pt", "does not fit", "missing"]),
         ("normalized.pt", ["--normalize"]),
         ("truncated.safetensors", ["truncated.safetensors"]),
+        ("nan.pt", ["nan.pt", "not finite", "conv1.weight"]),
     ],
 )
 def test_wrong_weights(weights, file, words, capsys):
     for argv in (
         ["--arch", "resnet8", "--dataset", "digits", "--weights", weights / file],
-        ["--recipe", "digits", "--pretrained", weights / file],
+        ["--recipe", "digits", "--arch", "resnet8", "--pretrained", weights / file],
     ):
         line = line_of(evaluate.main if "--weights" in argv else train.main, argv, capsys)
         assert all(word in line for word in words), line
@@ -164,12 +172,19 @@ def test_evaluate_says_what_it_needs(weights, capsys):
         ([weights / "good.safetensors", "--dataset", "digits"], ["--arch"]),
         ([weights / "nowhere", "--dataset", "digits"], ["nowhere", "run folder"]),
         ([weights / "text.pt", "--dataset", "digits"], ["safetensors"]),
+        (["run", "--weights", weights / "good.pt"], ["model", "--weights"]),
         (["--dataset", "digits", "--attack", "pgd-20"], ["attack", "did you mean pgd20?"]),
         (["--dataset", "digits", "--n", "0"], ["n:", ">= 1"]),
     ]
     for argv, words in cases:
         line = line_of(evaluate.main, argv, capsys)
         assert all(word in line for word in words), line
+
+
+def test_recipe_and_config_file_must_agree(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("recipe: released\n")
+    line = line_of(train.main, ["--config", tmp_path / "config.yaml", "--recipe", "paper"], capsys)
+    assert "paper" in line and "released" in line
 
 
 def test_out_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
@@ -195,7 +210,13 @@ def test_pretrain_is_a_verb_with_the_same_manners(capsys):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     argv = ["--recipe", "digits", "--pretrain.epochs", "0", "--out", tmp_path / "file" / "run"]
-    assert "file" in line_of(train.main, argv, capsys, code=1)
+    assert "out:" in line_of(train.main, argv, capsys)
+
+
+def test_a_pretraining_folder_is_not_taken_for_another_model(tmp_path, capsys):
+    argv = ["--dataset", "digits", "--epochs", "0", "--loader", "resident", "--out", tmp_path / "out"]
+    pretrain.main([str(word) for word in [*argv, "--arch", "resnet8"]])
+    assert "other settings" in line_of(pretrain.main, [*argv, "--arch", "wrn10_2"], capsys)
 
 
 # -- the step in somebody's loop ----------------------------------------------------------------------------------

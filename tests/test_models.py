@@ -21,6 +21,7 @@ SIZES = [
     ("wrn28_10", 36.48, 640),
     ("wrn10_2", 0.30, 128),
     ("resnet8", 0.08, 64),
+    ("resnet8_half", 0.02, 32),
 ]
 
 # Keys that RobustBench's classes of the same names have (architectures/resnet.py, wide_resnet.py), and their shapes.
@@ -115,7 +116,7 @@ def trained_like(model: fastafd.Disentangled, seed: int = 0) -> fastafd.Disentan
     return model.eval()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "wrn34_10", "wrn10_2"])
 @pytest.mark.slow
 def test_merge_gives_the_plain_classifier(arch):
     net = build_model(arch, 10).eval()

@@ -12,6 +12,7 @@ from conftest import ROOT
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     ["settings", "kernels", "timing", "console"],
+    ["files"],
     ["models", "attacks", "data"],
     ["methods", "ema", "optim", "checkpoint"],
     ["config"],

@@ -76,7 +76,10 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 def test_run_folder(whole_run):
     names = {path.name for path in whole_run.iterdir()} - {"tensorboard"}
-    assert names == {"config.yaml", "env.json", "metrics.jsonl", "last.pt", "model.safetensors", "result.json"}
+    assert names == {
+        *("config.yaml", "env.json", "metrics.jsonl", "last.pt"),
+        *("natural.safetensors", "model.safetensors", "result.json"),
+    }
     result = json.loads((whole_run / "result.json").read_text())
     assert set(result["models"]) == {"natural", "AFD"}
     for model in result["models"].values():
@@ -179,6 +182,61 @@ def test_the_step_of_a_bad_loss_is_named_exactly(whole_run, digit_tree, tmp_path
     assert load_run(out / "last.pt")["progress"]["steps"] == 15  # the end of the first epoch
 
 
+def test_the_teacher_is_part_of_the_run(whole_run, digit_tree, tmp_path, monkeypatch, capsys):
+    """A resumed run finds its natural model in its folder, whatever became of the file or the cache it came from."""
+    import shutil
+
+    out = tmp_path / "moved"
+    out.mkdir()
+    for name in ("config.yaml", "natural.safetensors"):
+        shutil.copy(whole_run / name, out)
+    monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", str(out)])
+    assert "natural pre-training" not in capsys.readouterr().err
+    assert_same_run(out, whole_run)
+
+
+def test_a_signal_during_the_last_save_is_not_lost(digit_tree, tmp_path, monkeypatch):
+    from fastafd import loop
+
+    saved = []
+
+    def save_and_signal(path, state):
+        saved.append(state["progress"]["steps"])
+        if saved[-1] == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_run(path, state)
+
+    save_run = loop.save_run
+    monkeypatch.setattr(loop, "save_run", save_and_signal)
+    out = tmp_path / "late"
+    with pytest.raises(loop.Stopped, match="after step 60"):
+        train.main(arguments(digit_tree, out))
+    assert not (out / "model.safetensors").exists() and saved[-1] == 60
+    assert not issubclass(loop.Stopped, Exception)  # what recovers from errors must not catch it
+
+
+def test_stopping_in_pre_training_leaves_a_run_to_resume(digit_tree, tmp_path, monkeypatch):
+    from fastafd import loop
+
+    def save_and_signal(path, state):
+        save_run(path, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    save_run = loop.save_run
+    monkeypatch.setattr(loop, "save_run", save_and_signal)
+    monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "early"
+    with pytest.raises(loop.Stopped, match="after step 15;"):
+        train.main(arguments(digit_tree, out))
+    monkeypatch.setattr(loop, "save_run", save_run)
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path / "cache"))
+    train.main(["--resume", str(out)])
+    assert (out / "result.json").exists()
+
+
 def test_resume_refuses_other_data(whole_run, digit_tree, tmp_path):
     import shutil
 
@@ -190,6 +248,19 @@ def test_resume_refuses_other_data(whole_run, digit_tree, tmp_path):
     (out / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match="other data"):
         train.main(["--resume", str(out)])
+
+
+def test_resume_takes_a_copy_of_the_data(whole_run, digit_tree, tmp_path):
+    """Staged to another place, with other modification times."""
+    import shutil
+
+    out, tree = tmp_path / "copy", tmp_path / "tree"
+    shutil.copytree(whole_run, out)
+    shutil.copytree(digit_tree, tree, copy_function=shutil.copyfile)
+    text = (out / "config.yaml").read_text().replace(str(digit_tree), str(tree))
+    (out / "config.yaml").write_text(text)
+    train.main(["--resume", str(out)])
+    assert_same_run(out, whole_run)
 
 
 def test_a_full_disk_leaves_nothing_half_written(whole_run, tmp_path, monkeypatch):
@@ -209,7 +280,7 @@ def test_a_full_disk_leaves_nothing_half_written(whole_run, tmp_path, monkeypatc
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full here")
 def test_a_really_full_device_is_one_line(tmp_path):
-    from fastafd.checkpoint import write_atomic
+    from fastafd.files import write_atomic
 
     def write(path):
         with open("/dev/full", "w") as file:

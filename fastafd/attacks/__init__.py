@@ -1,6 +1,6 @@
 """Attacks: the l-infinity threat model, projected gradient descent in it, and AutoAttack."""
 
-from fastafd.attacks.autoattack import AutoAttackFound, run_autoattack
+from fastafd.attacks.autoattack import AutoAttackFound, check_classes, run_autoattack
 from fastafd.attacks.pgd import PGD
 
-__all__ = ["PGD", "AutoAttackFound", "run_autoattack"]
+__all__ = ["PGD", "AutoAttackFound", "check_classes", "run_autoattack"]

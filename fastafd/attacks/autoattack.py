@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.settings import UsageError
+
+REPORT_EVERY_S = 15.0  # seconds between two lines within one of its attacks
 
 
 class AutoAttackFound(NamedTuple):
@@ -33,17 +36,24 @@ def run_autoattack(
     from pyautoattack import AutoAttack
 
     device = next(model.parameters()).device
-    with torch.no_grad():
-        classes = model(x[:1].to(device)).shape[1]
-    if classes < 4:
-        raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
+    classes = check_classes(model, x[:1])
     x = x.contiguous(memory_format=torch.contiguous_format)  # a channels-last input breaks its gradient checks
-    with _Log(report) as log, torch.random.fork_rng():  # it seeds the global generators
+    gpus = [device] if device.type == "cuda" else []
+    with _Log(report) as log, torch.random.fork_rng(devices=gpus):  # it seeds the global generators
         adversary = AutoAttack(_Logits(model), norm="Linf", eps=eps, version="standard", seed=seed, device=device)
         if classes < 10:  # nine targets are the nine wrong classes of ten
             adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
         x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
     return AutoAttackFound(x_adv.cpu(), predicted.cpu(), log.accuracy_after, log.warnings)
+
+
+def check_classes(model: nn.Module, x: Tensor) -> int:
+    """How many classes the model has. UsageError for fewer than four, which the targeted losses rank. x: (B,3,H,W)."""
+    with torch.no_grad():
+        classes = model(x.to(next(model.parameters()).device)).shape[1]
+    if classes < 4:
+        raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
+    return classes
 
 
 class _Logits(nn.Module):
@@ -63,6 +73,7 @@ class _Log(logging.Handler):
     def __init__(self, report: Callable[[str], None]):
         super().__init__(logging.DEBUG)
         self.report = report
+        self.reported = time.monotonic()
         self.warnings: list[str] = []
         self.accuracy_after: dict[str, float] = {}
         self.logger = logging.getLogger("auto-attack")
@@ -74,7 +85,9 @@ class _Log(logging.Handler):
             self.accuracy_after[after[1].lower()] = float(after[2]) / 100
         if record.levelno >= logging.WARNING:
             self.warnings.append(message)
-        if after or record.levelno >= logging.WARNING:
+        batch = re.match(r"\S+ - \d+/\d+ - ", message) and time.monotonic() - self.reported > REPORT_EVERY_S
+        if after or batch or record.levelno >= logging.WARNING:
+            self.reported = time.monotonic()
             self.report(message)
 
     def __enter__(self) -> _Log:

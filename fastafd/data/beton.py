@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from fastafd.data.splits import Split
+from fastafd.files import save_text
 from fastafd.settings import RunError
 
 Report = Callable[[str], None]
@@ -96,7 +97,7 @@ def find_fault(path: Path, side: Path, split: Split) -> str | None:
         # Copied, touched, or written by two processes at once (their bytes are the same): the content decides.
         if sha256(path) != written.get("sha256"):
             return "its content changed since it was written"
-        save_atomically(side, json.dumps(written | found, indent=1))
+        save_text(side, json.dumps(written | found, indent=1))
     return None
 
 
@@ -140,7 +141,7 @@ def write(split: Split, path: Path, side: Path, report: Report) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    save_atomically(side, json.dumps(described, indent=1))
+    save_text(side, json.dumps(described, indent=1))
     seconds = time.perf_counter() - started
     report(f"{path.name}: wrote {len(split)} images, {path.stat().st_size / 2**20:.0f} MiB, in {seconds:.1f} s")
 
@@ -196,15 +197,6 @@ def with_progress(samples: Iterator, count: int, title: str, report: Report) -> 
             last = time.perf_counter()
             report(f"{title}: {done} of {count} images")
         yield sample
-
-
-def save_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

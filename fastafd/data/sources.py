@@ -122,14 +122,17 @@ def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> 
     """Any tree train/<class>, test|val/<class>, its classes in the order of their names."""
     if not (data_dir / "train").is_dir():
         raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
-    return read_tree(data_dir, folder_names(data_dir / "train"), image_size, resize=image_size is not None)
+    classes = folder_names(data_dir / "train")
+    if len(classes) == 1:
+        raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({classes[0]}), takes two or more")
+    return read_tree(data_dir, classes, image_size, resize=image_size is not None)
 
 
 def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
     """scikit-learn's 8x8 digits as 32x32 RGB; 20 % of each class, by a fixed draw, are the test images."""
     classes = tuple("0123456789")
-    if (data_dir / "train").is_dir():
-        return read_tree(data_dir, classes, image_size)
+    if (data_dir / "train").is_dir() and set(classes) & set(folder_names(data_dir / "train")):
+        return read_tree(data_dir, classes, image_size)  # not just any tree that lies in the default folder
     import torch
     from sklearn import datasets
 
@@ -239,7 +242,7 @@ def folder_splits(
         if width != height:
             raise UsageError(
                 f"data_dir: {root / train[0][0]} is {width}x{height} pixels, takes square images; "
-                "--image_size N resizes and crops"
+                "--image-size N resizes and crops"
             )
         image_size = width
     splits = (

@@ -36,6 +36,11 @@ class Split:
         """A hex SHA-256 that changes when the labels, the images or their order change."""
         raise NotImplementedError
 
+    @property
+    def identity(self) -> str:
+        """Like `fingerprint`, but the same for a copy of the files: whether a run may go on with them."""
+        return self.fingerprint
+
     def check_labels(self, classes: int) -> None:
         """Raise UsageError for the first label outside 0..classes-1."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
@@ -101,13 +106,22 @@ class FolderSplit(Split):
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        return self.digest(times=True)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return self.digest(times=False)
+
+    def digest(self, times: bool) -> str:
+        """SHA-256 over the files' names, labels and sizes, and over their modification times."""
         digest = hashlib.sha256(repr((self.classes, self.image_size, self.resize)).encode())
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
                 stat = (self.root / path).stat()
             except OSError as error:
                 raise UsageError(f"data_dir: cannot read {self.root / path} ({error.strerror})") from error
-            digest.update(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            changed = f"\0{stat.st_mtime_ns}" if times else ""
+            digest.update(f"{path}\0{label}\0{stat.st_size}{changed}\n".encode())
         return digest.hexdigest()
 
 
@@ -128,15 +142,18 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
 
     try:
         with Image.open(path) as file:
+            mode = file.mode
             image = file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
         raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
+    if mode.startswith("I") or mode == "F":  # Pillow would clip these to white
+        raise UsageError(f"data_dir: {path} has pixels of more than 8 bits (mode {mode}), takes 8-bit images")
     if image.size == (size, size):
         return np.asarray(image)
     if not resize:
         raise UsageError(
             f"data_dir: {path} is {image.width}x{image.height} pixels, takes {size}x{size}"
-            " (dataset=imagefolder with --image_size N resizes and crops)"
+            " (--dataset imagefolder with --image-size N resizes and crops)"
         )
     scale = size / min(image.size)
     width, height = (max(size, int(side * scale)) for side in image.size)

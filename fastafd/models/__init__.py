@@ -21,10 +21,9 @@ ARCHS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": lambda classes: ResNet(Bottleneck, (3, 4, 6, 3), classes),
     "preactresnet18": lambda classes: ResNet(PreActBlock, (2, 2, 2, 2), classes),
     "resnet8": lambda classes: ResNet(BasicBlock, (1, 1, 1), classes, widths=(16, 32, 64)),
-    "wrn34_10": lambda classes: WideResNet(34, 10, classes),
-    "wrn28_10": lambda classes: WideResNet(28, 10, classes),
-    "wrn10_2": lambda classes: WideResNet(10, 2, classes),
+    "resnet8_half": lambda classes: ResNet(BasicBlock, (1, 1, 1), classes, widths=(8, 16, 32)),
 }
+WIDE = ("wrn34_10", "wrn28_10", "wrn10_2", "wrnN_K")  # examples of the names that WideResNet(N, K) takes
 
 # Per-channel mean and standard deviation of the training pixels in [0,1].
 # CIFAR: computed by most CIFAR training code to these four digits; ImageNet: torchvision's model documentation.
@@ -54,12 +53,10 @@ class Normalize(nn.Module):
 def check_model(arch: str, normalize: str) -> None:
     """UsageError, with the nearest name, for a classifier or a normalisation that cannot be built."""
     wide = re.fullmatch(r"wrn(\d+)_(\d+)", arch)
-    if wide and arch not in ARCHS:
-        depth, widen = int(wide[1]), int(wide[2])
-        if depth < 10 or (depth - 4) % 6 or widen < 1:
-            raise UsageError(f"arch: got {arch!r}, takes wrnN_K with depth N = 6n + 4 (10, 16, 22, 28, 34, …), K >= 1")
-    elif arch not in ARCHS:
-        raise unknown("arch", arch, [*ARCHS, "wrnN_K"])
+    if wide and (int(wide[1]) < 10 or (int(wide[1]) - 4) % 6 or int(wide[2]) < 1):
+        raise UsageError(f"arch: got {arch!r}, takes wrnN_K with depth N = 6n + 4 (10, 16, 22, 28, 34, …), K >= 1")
+    if not wide and arch not in ARCHS:
+        raise unknown("arch", arch, [*ARCHS, *WIDE])
     if normalize not in NORMALIZATIONS:
         raise unknown("normalize", normalize, NORMALIZATIONS)
 
@@ -67,8 +64,8 @@ def check_model(arch: str, normalize: str) -> None:
 def build_model(arch: str, num_classes: int, normalize: str = "none") -> nn.Module:
     """A freshly initialised classifier: (B,3,H,W) pixels in [0,1] in, logits (B,num_classes) out, channels-last.
 
-    `arch` is a name of ARCHS or wrnN_K. A `normalize` other than "none" (names of NORMALIZATIONS) puts that layer
-    in front, as RobustBench does: the keys are then `normalize.mean`, `normalize.std` and `model.*`.
+    `arch` is a name of ARCHS, or wrnN_K for WRN-N-K. A `normalize` other than "none" (a name of NORMALIZATIONS) puts
+    that layer in front, as RobustBench does: the keys are then `normalize.mean`, `normalize.std` and `model.*`.
     Raises UsageError for an unknown name.
     """
     check_model(arch, normalize)

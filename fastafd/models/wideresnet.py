@@ -38,15 +38,10 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen`: depth = 6n + 4; (B,3,H,W) in, logits (B,C) out.
-
-    Raises ValueError for a depth that is not of that form.
-    """
+    """WRN-`depth`-`widen`: depth = 6n + 4; (B,3,H,W) in, logits (B,C) out."""
 
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"a WRN's depth is 6n + 4 (10, 16, 22, 28, 34, …), not {depth}")
         count = (depth - 4) // 6
         self.conv1 = conv3x3(3, 16)
         self.block1 = Stage(count, 16, 16 * widen, 1)
