@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = [  # file, model in it, what the row says it is
-    ("digits", "natural", "ResNet-8, digits, natural (`make train`)"),
+    ("digits", "natural", "ResNet-8 of half width, digits, natural (`make train`)"),
     ("digits", "AFD", "… fine-tuned with AFD, recipe `digits`"),
     ("small-resnet8-afd", "natural", "ResNet-8, 10,000 CIFAR-10 images, natural, 15 epochs"),
     ("small-resnet8-off", "AFD", "… fine-tuned, 8 epochs, terms off"),

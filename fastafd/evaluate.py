@@ -8,7 +8,6 @@ Evaluation is in fp32 and eager, whatever the training was: reported robustness 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ from fastafd.attacks import PGD, check_classes, run_autoattack
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
-from fastafd.files import save_text
+from fastafd.files import as_json, save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
 from fastafd.step import resolve_device
@@ -108,9 +107,9 @@ def main(argv: list[str]) -> None:
     )
     result |= {"model": str(shown), "dataset": dataset_name, "classes": list(dataset.classes), **provenance(device)}
     if config.model is not None and config.model.is_dir():
-        save_text(config.model / f"evaluation-{config.attack}.json", json.dumps(result, indent=1))
+        save_text(config.model / f"evaluation-{config.attack}.json", as_json(result))
     if config.json:
-        print(json.dumps(result, indent=1))
+        print(as_json(result))
     else:
         show({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
 

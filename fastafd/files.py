@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise RunError(f"{path}: cannot be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def as_json(value: object) -> str:
+    """Indented JSON, but lists of numbers on one line each."""
+    text = json.dumps(value, indent=1, default=str)
+    return re.sub(r"\[[-+.eE\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def save_text(path: Path, text: str) -> None:

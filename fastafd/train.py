@@ -12,7 +12,6 @@ model.safetensors (merged) and result.json.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import sys
 import time
@@ -26,7 +25,7 @@ from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, load_dataset
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
-from fastafd.files import save_text
+from fastafd.files import as_json, save_text
 from fastafd.loop import fit
 from fastafd.models import check_model, disentangle
 from fastafd.optim import make_sgd
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
         given = natural_model(config.pretrained, task, dataset, console), about(task, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
-    save_text(folder / "env.json", json.dumps(environment, indent=1))
+    save_text(folder / "env.json", as_json(environment))
     console.line(f"run folder: {folder}")
     natural, origin = given or pretrain(pretraining(config), dataset, console)
     if not kept.exists():
@@ -116,10 +115,10 @@ def main(argv: list[str]) -> None:
             "finetuning": seconds,
             "evaluation": time.monotonic() - evaluated_from,
         },
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": dataclasses.asdict(config),
         **environment,
     }
-    save_text(folder / "result.json", json.dumps(summary, indent=1))
+    save_text(folder / "result.json", as_json(summary))
     show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
