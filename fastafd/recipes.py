@@ -71,8 +71,8 @@ def digits() -> TrainConfig:
         recipe="digits",
         task=replace(base.task, arch="resnet8_half", dataset="digits"),
         attack=replace(base.attack, steps=7, step_size=2 / 255),
-        sgd=replace(base.sgd, epochs=10, batch_size=64),
-        pretrain=replace(base.pretrain, epochs=10, batch_size=64, lr=0.1),
+        sgd=replace(base.sgd, epochs=7, batch_size=64),
+        pretrain=replace(base.pretrain, epochs=8, batch_size=64, lr=0.1),
         log_every=11,
         autoattack_n=20,
     )
