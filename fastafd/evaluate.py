@@ -56,7 +56,7 @@ class EvaluateConfig:
         None, "number of test images, a seeded class-balanced draw; default all", optional(number(1, whole=True))
     )
     batch_size: int = setting(250, "images at a time", number(1, whole=True))
-    seed: int = setting(0, "seed of the draw and of the attacks", number(0, whole=True))
+    seed: int = setting(0, "seed of the draw and of the attacks", number(0, 2**32, whole=True))
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
     json: bool = setting(False, "print the result as JSON instead of a table", switch)
 
