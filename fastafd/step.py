@@ -102,6 +102,9 @@ class TrainStep:
         """Everything that the next step depends on, the generators included."""
         state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"generator": self.generator.get_state(), "steps": self.steps}
+        state["torch_rng"] = torch.get_rng_state()  # of a network with dropout, say
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         if self.augment is not None:
@@ -113,6 +116,9 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
+        torch.set_rng_state(state["torch_rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.augment is not None:

@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastafd import cli
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> None:
     natural = natural.to(device)
 
     # Fine-tuning: D1 and D2 go in, the natural model teaches, the weight average comes out.
+    torch.manual_seed(task.seed)  # for networks that draw in their forward; all else has generators of its own
     model = disentangle(natural)
     step = AFDStep(
         model,

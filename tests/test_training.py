@@ -175,7 +175,7 @@ def test_a_later_bad_loss_is_named_exactly_and_the_last_good_state_kept(whole_ru
 
     monkeypatch.setattr(AFD, "loss", poisoned)
     out = tmp_path / "poisoned"
-    with pytest.raises(RunError, match="at step 18; .*keeps the last good"):
+    with pytest.raises(RunError, match=r"at step 18; .*keeps the last good"):
         train.main(arguments(digit_tree, out))
     assert load_run(out / "last.pt")["progress"]["steps"] == 15  # the end of the first epoch
 
