@@ -40,8 +40,8 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings, such as a run folder's config.yaml")
-    entries = list(_entries(defaults))
-    for name, value, field in entries:
+    listed = list(entries(defaults))
+    for name, value, field in listed:
         shown = field.metadata["help"] + ("" if value is None else f" [{_plain(value)}]")
         convert = _converter(field, name)
         form: dict[str, Any] = {"default": value, "help": shown.replace("%", "%%"), "type": convert}
@@ -49,7 +49,7 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
             form |= {"nargs": "?", "const": True}
         parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", **form)
     found = parser.parse_args(argv)
-    return build(defaults, {name: found[name] for name, _, _ in entries})
+    return build(defaults, {name: found[name] for name, _, _ in listed})
 
 
 def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
@@ -68,7 +68,7 @@ def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
 def to_yaml(config: Any) -> str:
     """All settings but the run folder, as `--config` reads them."""
     tree: dict[str, Any] = {}
-    for name, value, _ in _entries(config):
+    for name, value, _ in entries(config):
         if name == "out":
             continue
         *parents, leaf = name.split(".")
@@ -164,12 +164,12 @@ def _nearest(got: str, names: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(got, names, n=1, cutoff=0.6)), None)
 
 
-def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     """(dotted name, value, field) of every setting, those of flat parts under their own names."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _entries(value, prefix if field.metadata.get("flat") else f"{prefix}{field.name}.")
+            yield from entries(value, prefix if field.metadata.get("flat") else f"{prefix}{field.name}.")
         elif "help" in field.metadata:
             yield prefix + field.name, value, field
 

@@ -26,11 +26,11 @@ def test_links_lead_somewhere(target):
 
 def test_flags_in_the_readme_exist():
     from fastafd import train
-    from fastafd.cli import _entries
+    from fastafd.cli import entries
     from fastafd.evaluate import EvaluateConfig
 
-    known = {"--" + name.replace("_", "-") for name, *_ in _entries(train.parse([]))}
-    known |= {"--" + name.replace("_", "-") for name, *_ in _entries(EvaluateConfig())} | {
+    known = {"--" + name.replace("_", "-") for name, *_ in entries(train.parse([]))}
+    known |= {"--" + name.replace("_", "-") for name, *_ in entries(EvaluateConfig())} | {
         "--resume",
         "--config",
         "--help",
