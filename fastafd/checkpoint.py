@@ -28,7 +28,7 @@ def save_run(path: Path, state: dict[str, Any]) -> None:
 
 def load_run(path: Path) -> dict[str, Any]:
     """What `save_run` wrote, on the CPU. UsageError for a missing, truncated or foreign file."""
-    state = _load_pickle(path)
+    state = _load_pickle(path, "resume")
     if not isinstance(state, dict) or "progress" not in state:
         raise UsageError(f"resume: {path} is not a checkpoint of a fastafd run")
     return state
@@ -86,7 +86,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
                 return {_strip(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"weights: {path} is no whole safetensors file: {error}") from None
-    state = _load_pickle(path)
+    state = _load_pickle(path, "weights")
     while isinstance(state, dict) and not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[name] for name in CONTAINERS if isinstance(state.get(name), dict)), None)
         if inner is None:
@@ -136,15 +136,15 @@ def _strip(name: str) -> str:
     return name
 
 
-def _load_pickle(path: Path) -> Any:
+def _load_pickle(path: Path, field: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"weights: got {path}, and there is no such file") from None
+        raise UsageError(f"{field}: got {path}, and there is no such file") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (
             "it holds more than tensors"
             if "weights_only" in str(error).lower()
             else "it is truncated or no PyTorch file"
         )
-        raise UsageError(f"weights: {path} cannot be read: {reason}") from None
+        raise UsageError(f"{field}: {path} cannot be read: {reason}") from None

@@ -40,9 +40,8 @@ def main(argv: list[str]) -> None:
 def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
     """The natural classifier of `config`, in eval mode on the CPU, and what its file says of it.
 
-    It comes from its folder, else it is trained (and resumed) there.
-
-    UsageError where that folder (`out`) holds another model.
+    It comes from its folder, else it is trained (and resumed) there. UsageError where that folder (`out`) holds another
+    model.
     """
     folder, shape = folder_of(config, dataset), shaping(config, dataset)
     weights = folder / "model.safetensors"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastafd.attacks import PGD
 from fastafd.config import TrainConfig
-from fastafd.data.augment import Augment
+from fastafd.data.augment import Augment, to_unit
 from fastafd.ema import EMA
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Method
@@ -62,7 +62,7 @@ class TrainStep:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
 
         x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) int64, on the model's device. A given
-        `augment` is applied to uint8 (B,H,W,3) batches. With `probe`, clean accuracy and feature gaps are measured as
+        `augment` is applied to uint8 batches. With `probe`, clean accuracy and feature gaps are measured as
         well, in eval mode before the update, at the price of two more forward passes.
         """
         with self.timer("augment"):
@@ -126,14 +126,10 @@ class TrainStep:
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
-        dtype = next(self.model.parameters()).dtype
         if x.dtype == torch.uint8:
-            if x.shape[-1] == 3 and self.augment is not None:
-                return self.augment(x)
-            if x.shape[1] != 3:
-                x = x.permute(0, 3, 1, 2)
-            x = x.to(dtype) / 255
-        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+            x = x if x.shape[-1] == 3 else x.permute(0, 2, 3, 1)
+            x = to_unit(x) if self.augment is None else self.augment(x)
+        return x.to(next(self.model.parameters()).dtype).contiguous(memory_format=torch.channels_last)
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
         """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
-    console.line(f"run folder: {folder}")
+    console.line(f"run folder: {folder}; batches from the {loader.kind} loader")
     natural, origin = given or pretrain(pretraining(config), dataset, console)
     if not kept.exists():
         save_model(kept, natural, origin)

@@ -340,3 +340,22 @@ def test_a_disentangled_teacher_is_copied_not_frozen():
     model = fastafd.disentangle(small_net(2))
     fastafd.AFDStep(model, model, make_sgd(model, 0.1, 0.9, 0.0))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_uint8_batches_of_either_layout_are_the_same_pixels(padding):
+    from fastafd.data import Augment
+
+    net = small_net(2)
+    x = torch.randint(0, 256, (4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for augmented in (False, True):
+        seen = []
+        for batch in (x, x.permute(0, 3, 1, 2)):
+            model = fastafd.disentangle(net)
+            augment = Augment(padding, True, seed=1) if augmented else None
+            step = fastafd.AFDStep(model, net, make_sgd(model, 0.1, 0.9, 0.0), augment=augment)
+            seen.append(step._to_pixels(batch))
+        assert torch.equal(*seen) and seen[0].dtype == torch.float64
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+        if not augmented:
+            torch.testing.assert_close(seen[0], x.permute(0, 3, 1, 2) / 255.0, check_dtype=False, rtol=1e-6, atol=0)

@@ -167,6 +167,6 @@ def test_the_shipped_resnet18_on_real_images(cifar10_tree, capsys):
     argv += ["--data-dir", str(cifar10_tree)]
     module.main([*argv, "--attack", "clean", "--n", "200"])
     clean = json.loads(capsys.readouterr().out)["clean"]
-    assert clean["accuracy"] > 0.88  # 94.7 % measured on 512 images: 200 of them fall below this once in 1e4
+    assert clean["accuracy"] > 0.88  # 93.9 % of 1,000: benchmarks/results/small-resnet18-natural.json
     module.main([*argv, "--attack", "pgd20", "--n", "20"])
     assert json.loads(capsys.readouterr().out)["pgd20"]["correct"] == 0

@@ -198,7 +198,8 @@ def test_resume_of_a_broken_checkpoint(tmp_path, digit_tree, capsys):
     (tmp_path / "config.yaml").write_text(cli.to_yaml(config))
     for content in (b"", b"nonsense"):
         (tmp_path / "last.pt").write_bytes(content)
-        assert "last.pt" in line_of(train.main, ["--resume", tmp_path], capsys)
+        line = line_of(train.main, ["--resume", tmp_path], capsys)
+        assert "resume: " in line and "last.pt" in line
     torch.save({"state_dict": {}}, tmp_path / "last.pt")
     assert "not a checkpoint" in line_of(train.main, ["--resume", tmp_path], capsys)
 

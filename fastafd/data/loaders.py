@@ -184,8 +184,8 @@ class FfcvLoader(Loader):
         self.loader = ffcv.Loader(
             str(beton),
             batch_size=self.batch_size,
-            # Raw images are a copy each: one thread does 1024 of 32x32 in about a millisecond, and more would need
-            # numba's parallel back ends, which do not survive a fork or two loaders at once.
+            # Raw images are a copy each, which one thread does well; more would need numba's parallel back ends,
+            # which do not survive a fork or two loaders at once.
             num_workers=1,
             os_cache=True,  # the operating system's page cache: processes on one machine share it
             seed=0,  # unused, but None would draw from numpy's global generator
