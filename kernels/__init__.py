@@ -1,8 +1,14 @@
-"""The operations that AFD needs and no library has, each with its eager reference. Needs torch alone.
+"""The operations that AFD needs and no library has, each with its eager reference; torch and triton alone.
 
-The folder `kernels/` is the package `fastafd.kernels`; importing it touches neither CUDA nor triton.
+The folder `kernels/` is the package `fastafd.kernels`; importing it touches neither CUDA nor triton. Every operation is
+a `torch.library.custom_op`: Triton on CUDA, the reference on a CPU, for float64 and where Triton is missing; all work
+under `torch.compile(fullgraph=True)`, inside a CUDA graph, and without waiting for the device.
 """
 
 from fastafd.kernels.afd_loss import AFDLoss, afd_loss
+from fastafd.kernels.attack_head import attack_head
+from fastafd.kernels.augment import augment
+from fastafd.kernels.kl_loss import kl_loss
+from fastafd.kernels.linf_step import linf_step
 
-__all__ = ["AFDLoss", "afd_loss"]
+__all__ = ["AFDLoss", "afd_loss", "attack_head", "augment", "kl_loss", "linf_step"]

@@ -5,20 +5,42 @@
     L2 = -D(f1, stop(f2))                            trains everything but D2               (Eq. 4)
     L3 = CE(z1, y) + gamma D(f1, stop(t))            trains everything but D2               (Eq. 5)
     total = alpha L1 + beta L2 + L3                                                         (Eq. 6)
-    D(u, v) = 1 - u.v / (|u| |v|), per sample, then the mean over the batch
+    D(u, v) = 1 - cos(u, v), per sample, then the mean over the batch; cos = 0 where a vector has no length
 
-`classifier_alpha` adds that much of dL1/d(W, b) to the classifier's gradient and nothing to the value: in the released
-code L1 reaches the shared classifier as well. Cosines and cross-entropies are computed in fp32 whatever the operands'
-type (float64 stays float64), outside any autocast.
+    dz1 = softmax(z1) - 1_y                          dz2 = softmax(z2) - 1_y'
+    df1 = dz1 W + beta cos'(f1, f2) - gamma cos'(f1, t)                df2 = alpha dz2 W
+    cos'(u, v) = (v/|v| - cos(u, v) u/|u|) / |u|
+    dg = df1 D1 / B   dD1 = df1^T g / B   dD2 = df2^T g / B   dW = (dz1^T f1 + k dz2^T f2) / B   db likewise
+
+k is `classifier_alpha`: in the released code L1 reaches the shared classifier as well; it changes no value. Operands
+are of the features' type, products accumulate in fp32, losses and cosines are fp32 (float64 stays float64), outside
+any autocast. 1/B enters after the products, so that fp16 rows do not underflow.
+
+Three launches and no synchronisation: `_project`, one of the row kernels, and in the backward `_gradients`. With
+16-bit operands and up to 128 classes the logits stay inside the row kernel; otherwise they and dz W are library
+products (in fp32 as exact as `torch.backends.cuda.matmul` is told to be). Least bytes (n a value's size): 3BD + 6DD +
+4CD + 2BC values; in a step of ResNet-18 (B=128, D=512, C=10, bf16, fp32 parameters) 6.9 MB, nearly all of it D1, D2
+and their gradients.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastafd.kernels.afd_products import afd_gradients, project
+from fastafd.kernels.lazy import TYPES, cdiv, jit, outside_autocast, power_of_two, register_cuda
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+SHORTEST = 1e-8  # a vector shorter than this has cosine 0 to everything, and passes no gradient of it
+INSIDE = 128  # the most classes whose logits the row kernel computes itself
+ROWS, ROWS_OF_LOGITS = {"BD": 64}, {"BD": 256}  # features at a time
+ROWS_A_PROGRAM = 1  # of _rows_of_logits; _rows takes 16, the least of a product
 
 
 class AFDLoss(NamedTuple):
@@ -45,28 +67,28 @@ def afd_loss(
 ) -> AFDLoss:
     """The AFD objective from pooled features.
 
-    features (B,D) of the student on x_adv, teacher_features (B,D) of the frozen teacher on x, labels (B,) int64,
-    d1_weight and d2_weight (D,D), classifier_weight (C,D), classifier_bias (C,) or None. The terms are
-    {"confused": L1, "exclusion": L2, "cross_entropy": CE(z1, y), "alignment": D(f1, teacher)}.
-    Raises ValueError for shapes that do not fit. Source: the AFD paper, Eq. 1 and 3 to 6.
+    features (B,D) of the student on x_adv, teacher_features (B,D) of the frozen teacher on x, labels (B,) int64 in
+    0..C-1, d1_weight and d2_weight (D,D), classifier_weight (C,D), classifier_bias (C,) or None; the parameters share
+    one type, the features' or float32. The terms are {"confused": L1, "exclusion": L2, "cross_entropy": CE(z1, y),
+    "alignment": D(f1, teacher)}; they and the logits are fp32 (float64 for float64 features).
+    Raises ValueError for shapes or types that do not fit, RuntimeError for a second derivative.
+    Source: the AFD paper, Eq. 1 and 3 to 6.
     """
-    _check_shapes(features, teacher_features, labels, d1_weight, d2_weight, classifier_weight, classifier_bias)
-    with torch.autocast(features.device.type, enabled=False):
-        return afd_loss_reference(
-            features,
-            teacher_features,
-            labels,
-            d1_weight,
-            d2_weight,
-            classifier_weight,
-            classifier_bias,
-            alpha,
-            beta,
-            gamma,
-            classifier_alpha,
-        )
+    parameters = (d1_weight, d2_weight, classifier_weight, classifier_bias)
+    _check(features, teacher_features, labels, *parameters)
+    teacher_features = teacher_features.detach().to(features.dtype)
+    weights = (float(alpha), float(beta), float(gamma), float(classifier_alpha))
+    losses, logits, wrong, *_ = _afd_loss(features, teacher_features, labels, *parameters, *weights)
+    names = ("confused", "exclusion", "cross_entropy", "alignment")
+    return AFDLoss(losses[0], dict(zip(names, losses.detach()[1:].unbind())), logits.detach(), wrong)
 
 
+# What the operation returns: losses (5,), the total and the terms; logits (B,C) of f1; y' (B,); then for the backward,
+# in the features' type: f, f1 and f2 (2,B,D); df, B times the gradients of f1 and f2 (2,B,D); dz1 and dz2 (2,B,C).
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@outside_autocast
 def afd_loss_reference(
     g: Tensor,
     t: Tensor,
@@ -79,36 +101,297 @@ def afd_loss_reference(
     beta: float,
     gamma: float,
     classifier_alpha: float,
-) -> AFDLoss:
-    """`afd_loss` in plain PyTorch: what every other implementation is held against."""
+) -> Rows:
+    """`afd_loss` in plain PyTorch: the values, and the gradients of each row."""
     wide = torch.promote_types(g.dtype, torch.float32)
-    g, t, d1, d2, w = (operand.to(wide) for operand in (g, t, d1, d2, w))
-    b = None if b is None else b.to(wide)
+    d1, d2, w = d1.to(g.dtype), d2.to(g.dtype), w.to(g.dtype)
+    b = None if b is None else b.to(g.dtype)
+    f1, f2 = F.linear(g, d1), F.linear(g, d2)  # Eq. 1
+    z1, z2 = F.linear(f1, w, b).to(wide), F.linear(f2, w, b).to(wide)
+    wrong = z1.scatter(1, y[:, None], float("-inf")).argmax(dim=1)  # y' of Eq. 3
+    u, v, teacher = f1.to(wide), f2.to(wide), t.to(wide)
 
-    f1 = F.linear(g, d1)  # Eq. 1
-    f2 = F.linear(g.detach(), d2)
-    z1 = F.linear(f1, w, b)
-    wrong = z1.detach().scatter(1, y[:, None], float("-inf")).argmax(dim=1)  # y' of Eq. 3
-
-    confused = F.cross_entropy(F.linear(f2, w.detach(), None if b is None else b.detach()), wrong)  # Eq. 3
-    exclusion = -angular_distance(f1, f2.detach())  # Eq. 4
+    confused = F.cross_entropy(z2, wrong)  # Eq. 3
+    exclusion = -angular_distance(u, v)  # Eq. 4
     cross_entropy = F.cross_entropy(z1, y)
-    alignment = angular_distance(f1, t.detach())
+    alignment = angular_distance(u, teacher)
     total = alpha * confused + beta * exclusion + cross_entropy + gamma * alignment  # Eq. 5, 6
-    if classifier_alpha:
-        shared = F.cross_entropy(F.linear(f2.detach(), w, b), wrong)
-        total = total + classifier_alpha * (shared - shared.detach())
+    losses = torch.stack([total, confused, exclusion, cross_entropy, alignment])
 
-    terms = {"confused": confused, "exclusion": exclusion, "cross_entropy": cross_entropy, "alignment": alignment}
-    return AFDLoss(total, {name: term.detach() for name, term in terms.items()}, z1.detach(), wrong)
+    dz1 = (z1.softmax(1) - F.one_hot(y, len(w))).to(g.dtype)
+    dz2 = (z2.softmax(1) - F.one_hot(wrong, len(w))).to(g.dtype)
+    df1 = (dz1 @ w).to(wide) + beta * _cosine_slope(u, v) - gamma * _cosine_slope(u, teacher)
+    df2 = alpha * (dz2 @ w).to(wide)
+    df = torch.stack([df1, df2]).to(g.dtype)
+    return losses, z1, wrong, torch.stack([f1, f2]), df, torch.stack([dz1, dz2])
 
 
 def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """Mean over the batch of 1 - cos(u_i, v_i): (B,D), (B,D) -> scalar. A zero vector has distance 1 to everything."""
-    return (1 - F.cosine_similarity(u, v, dim=1)).mean()
+    return (1 - (_unit(u) * _unit(v)).sum(1)).mean()
 
 
-def _check_shapes(g: Tensor, t: Tensor, y: Tensor, d1: Tensor, d2: Tensor, w: Tensor, b: Tensor | None) -> None:
+def _unit(u: Tensor) -> Tensor:
+    length = u.norm(dim=1, keepdim=True)
+    return torch.where(length < SHORTEST, 0.0, u / length.clamp_min(SHORTEST))
+
+
+def _cosine_slope(u: Tensor, v: Tensor) -> Tensor:
+    """d cos(u_i, v_i) / d u_i: (B,D), (B,D) -> (B,D)."""
+    towards, along = _unit(v), _unit(u)
+    across = towards - (towards * along).sum(1, keepdim=True) * along
+    length = u.norm(dim=1, keepdim=True)
+    return torch.where(length < SHORTEST, 0.0, across / length.clamp_min(SHORTEST))
+
+
+@jit
+def _cross_entropy(z, target, c):
+    # z (BM,CP), -inf beyond the classes; target (BM); -> the loss of each row, and softmax minus one-hot
+    hit = c[None, :] == target[:, None]
+    shifted = z - tl.max(z, axis=1)[:, None]
+    e = tl.exp(shifted)
+    total = tl.sum(e, axis=1)
+    loss = tl.log(total) - tl.sum(tl.where(hit, shifted, 0.0), axis=1)
+    return loss, e / total[:, None] - hit.to(tl.float32)
+
+
+@jit
+def _inverse_length(squared):
+    # 1/|u|, 0 for a vector without length
+    return tl.where(squared < 1e-16, 0.0, 1.0 / tl.sqrt_rn(tl.maximum(squared, 1e-16)))
+
+
+@jit
+def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B):
+    # per row: the terms; partial (programs,4) scratch; done (1); losses (5) out, by the last program in a fixed order
+    mine = partial + 4 * tl.program_id(0)
+    tl.store(mine, tl.sum(tl.where(inside, confused, 0.0)))
+    tl.store(mine + 1, tl.sum(tl.where(inside, cos_f2 - 1, 0.0)))
+    tl.store(mine + 2, tl.sum(tl.where(inside, cross_entropy, 0.0)))
+    tl.store(mine + 3, tl.sum(tl.where(inside, 1 - cos_t, 0.0)))
+    tl.debug_barrier()  # every thread's stores, before the count that makes them visible
+    programs = tl.num_programs(0)
+    if tl.atomic_add(done, 1) == programs - 1:
+        term = tl.arange(0, 4)
+        sums = tl.zeros((4,), tl.float32)
+        for start in range(0, programs, 64):
+            i = start + tl.arange(0, 64)
+            sums += tl.sum(
+                tl.load(partial + 4 * i[:, None] + term[None, :], mask=(i < programs)[:, None], other=0.0), 0
+            )
+        sums /= B
+        weight = tl.where(term == 0, alpha, tl.where(term == 1, beta, tl.where(term == 2, 1.0, gamma)))
+        tl.store(losses, tl.sum(weight * sums))
+        tl.store(losses + 1 + term, sums)
+
+
+@jit
+def _rows(
+    f, t, y, w, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
+    BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    # f (2,B,D); t (B,D); y int64 (B); w (C,D); b (C) or None; out: df (2,B,D), dz (2,B,C), logits fp32 (B,C), wrong
+    # int64 (B), losses fp32 (5); partial, done: see _finish
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, CP)
+    z1 = tl.zeros((BM, CP), tl.float32)
+    z2 = tl.zeros((BM, CP), tl.float32)
+    uu = tl.zeros((BM,), tl.float32)
+    vv = tl.zeros((BM,), tl.float32)
+    tt = tl.zeros((BM,), tl.float32)
+    uv = tl.zeros((BM,), tl.float32)
+    ut = tl.zeros((BM,), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        at = row[:, None] * D + d[None, :]
+        inside = (row < B)[:, None] & (d < D)[None, :]
+        u = tl.load(f + at, mask=inside, other=0.0)
+        v = tl.load(f + B * D + at, mask=inside, other=0.0)
+        wt = tl.load(w + c[None, :] * D + d[:, None], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0).to(u.dtype)
+        z1 = tl.dot(u, wt, z1)
+        z2 = tl.dot(v, wt, z2)
+        u, v = u.to(tl.float32), v.to(tl.float32)
+        p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
+        uu += tl.sum(u * u, axis=1)
+        vv += tl.sum(v * v, axis=1)
+        tt += tl.sum(p * p, axis=1)
+        uv += tl.sum(u * v, axis=1)
+        ut += tl.sum(u * p, axis=1)
+
+    bias = tl.where(c < C, 0.0, -float("inf"))
+    if b is not None:
+        bias += tl.load(b + c, mask=c < C, other=0.0).to(f.dtype.element_ty).to(tl.float32)
+    z1 += bias[None, :]
+    z2 += bias[None, :]
+    label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
+    other = tl.argmax(tl.where(c[None, :] == label[:, None], -float("inf"), z1), axis=1)
+    cross_entropy, dz1 = _cross_entropy(z1, label, c)
+    confused, dz2 = _cross_entropy(z2, other, c)
+    dz1, dz2 = dz1.to(dz.dtype.element_ty), dz2.to(dz.dtype.element_ty)
+    at = row[:, None] * C + c[None, :]
+    inside = (row < B)[:, None] & (c < C)[None, :]
+    tl.store(logits + at, z1, mask=inside)
+    tl.store(dz + at, dz1, mask=inside)
+    tl.store(dz + B * C + at, dz2, mask=inside)
+    tl.store(wrong + row, other.to(tl.int64), mask=row < B)
+
+    iu, iv, it = _inverse_length(uu), _inverse_length(vv), _inverse_length(tt)
+    cos_f2, cos_t = uv * iu * iv, ut * iu * it
+    of_v, of_t = beta * iu * iv, -gamma * iu * it  # df1 = dz1 W + of_v f2 + of_t t + of_u f1
+    of_u = (gamma * cos_t - beta * cos_f2) * iu * iu
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        at = row[:, None] * D + d[None, :]
+        inside = (row < B)[:, None] & (d < D)[None, :]
+        u = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(f + B * D + at, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
+        wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
+        wk = wk.to(dz.dtype.element_ty)
+        df1 = tl.dot(dz1, wk) + (of_v[:, None] * v + of_t[:, None] * p + of_u[:, None] * u)
+        df2 = alpha * tl.dot(dz2, wk)
+        tl.store(df + at, df1.to(df.dtype.element_ty), mask=inside)
+        tl.store(df + B * D + at, df2.to(df.dtype.element_ty), mask=inside)
+    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
+
+
+@jit
+def _rows_of_logits(
+    f, t, y, z, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
+    BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    # as _rows, without products, from z (2,B,C), the logits without bias; of df only df1 less dz1 W
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, CP)
+    uu = tl.zeros((BM, BD), tl.float32)
+    vv = tl.zeros((BM, BD), tl.float32)
+    tt = tl.zeros((BM, BD), tl.float32)
+    uv = tl.zeros((BM, BD), tl.float32)
+    ut = tl.zeros((BM, BD), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        at = row[:, None] * D + d[None, :]
+        inside = (row < B)[:, None] & (d < D)[None, :]
+        u = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(f + B * D + at, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
+        uu += u * u
+        vv += v * v
+        tt += p * p
+        uv += u * v
+        ut += u * p
+
+    at = row[:, None] * C + c[None, :]
+    inside = (row < B)[:, None] & (c < C)[None, :]
+    bias = tl.where(c < C, 0.0, -float("inf"))
+    if b is not None:
+        bias += tl.load(b + c, mask=c < C, other=0.0).to(f.dtype.element_ty).to(tl.float32)
+    z1 = tl.load(z + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    z2 = tl.load(z + B * C + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
+    other = tl.argmax(tl.where(c[None, :] == label[:, None], -float("inf"), z1), axis=1)
+    cross_entropy, dz1 = _cross_entropy(z1, label, c)
+    confused, dz2 = _cross_entropy(z2, other, c)
+    tl.store(logits + at, z1, mask=inside)
+    tl.store(dz + at, dz1.to(dz.dtype.element_ty), mask=inside)
+    tl.store(dz + B * C + at, dz2.to(dz.dtype.element_ty), mask=inside)
+    tl.store(wrong + row, other.to(tl.int64), mask=row < B)
+
+    iu, iv = _inverse_length(tl.sum(uu, axis=1)), _inverse_length(tl.sum(vv, axis=1))
+    it = _inverse_length(tl.sum(tt, axis=1))
+    cos_f2, cos_t = tl.sum(uv, axis=1) * iu * iv, tl.sum(ut, axis=1) * iu * it
+    of_v, of_t = beta * iu * iv, -gamma * iu * it
+    of_u = (gamma * cos_t - beta * cos_f2) * iu * iu
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        at = row[:, None] * D + d[None, :]
+        inside = (row < B)[:, None] & (d < D)[None, :]
+        u = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(f + B * D + at, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
+        df1 = of_v[:, None] * v + of_t[:, None] * p + of_u[:, None] * u
+        tl.store(df + at, df1.to(df.dtype.element_ty), mask=inside)
+    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
+
+
+@outside_autocast
+def afd_loss_fused(
+    g: Tensor,
+    t: Tensor,
+    y: Tensor,
+    d1: Tensor,
+    d2: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    classifier_alpha: float,
+) -> Rows:
+    """`afd_loss_reference` by the kernels."""
+    g, t, d1, d2, w = (operand.contiguous() for operand in (g, t, d1, d2, w))
+    (batch, width), classes = g.shape, len(w)
+    f, df, dz = g.new_empty(2, batch, width), g.new_empty(2, batch, width), g.new_empty(2, batch, classes)
+    logits = torch.empty(batch, classes, device=g.device)
+    wrong, losses = torch.empty_like(y), torch.empty(5, device=g.device)
+    inside = g.dtype != torch.float32 and classes <= INSIDE
+    rows = 16 if inside else ROWS_A_PROGRAM
+    partial, done = torch.empty(cdiv(batch, rows), 4, device=g.device), y.new_empty(1, dtype=torch.int32)
+    out = (df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, batch, classes, width)
+    w = project(g, d1, d2, w, f, done, in_one_type=not inside)
+    with torch.cuda.device_of(g):
+        if inside:
+            padded = 16 if classes <= 16 else INSIDE
+            _rows[(len(partial),)](f, t, y, w, b, *out, BM=rows, CP=padded, **ROWS)
+        else:
+            z = f.view(2 * batch, width) @ w.T
+            padded = power_of_two(classes, INSIDE)
+            _rows_of_logits[(len(partial),)](f, t, y, z, b, *out, BM=rows, CP=padded, **ROWS_OF_LOGITS)
+            df[0].addmm_(dz[0], w)
+            torch.addmm(df[1], dz[1], w, beta=0, alpha=alpha, out=df[1])
+    return losses, logits, wrong, f, df, dz
+
+
+@torch.library.custom_op("fastafd::afd_loss", mutates_args=(), device_types="cpu")
+def _afd_loss(
+    g: Tensor,
+    t: Tensor,
+    y: Tensor,
+    d1: Tensor,
+    d2: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    classifier_alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return afd_loss_reference(g, t, y, d1, d2, w, b, alpha, beta, gamma, classifier_alpha)
+
+
+@_afd_loss.register_fake
+def _(g, t, y, d1, d2, w, b, alpha, beta, gamma, classifier_alpha):
+    (batch, width), classes, wide = g.shape, len(w), torch.promote_types(g.dtype, torch.float32)
+    logits = g.new_empty(batch, classes, dtype=wide)
+    f, dz = g.new_empty(2, batch, width), g.new_empty(2, batch, classes)
+    return g.new_empty(5, dtype=wide), logits, torch.empty_like(y), f, torch.empty_like(f), dz
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Rows) -> None:
+    g, _, _, d1, _, w, ctx.bias, *_, ctx.classifier_alpha = inputs
+    ctx.save_for_backward(g, d1, w, *output[3:])
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    dg, dd1, dd2, dw, db = afd_gradients(grad[:1], *ctx.saved_tensors, ctx.classifier_alpha)
+    return dg, None, None, dd1, dd2, dw, None if ctx.bias is None else db, None, None, None, None
+
+
+_afd_loss.register_autograd(_backward, setup_context=_save)
+register_cuda(_afd_loss, afd_loss_reference, afd_loss_fused)
+
+
+def _check(g: Tensor, t: Tensor, y: Tensor, d1: Tensor, d2: Tensor, w: Tensor, b: Tensor | None) -> None:
     if g.ndim != 2 or w.ndim != 2:
         raise ValueError(f"features are (B,D) and classifier_weight (C,D), not {tuple(g.shape)} and {tuple(w.shape)}")
     (batch, width), classes = g.shape, w.shape[0]
@@ -125,3 +408,12 @@ def _check_shapes(g: Tensor, t: Tensor, y: Tensor, d1: Tensor, d2: Tensor, w: Te
             raise ValueError(f"{name} is {tuple(tensor.shape)}, takes {shape} for features {tuple(g.shape)}")
     if classes < 2:
         raise ValueError("classifier_weight: a wrong class needs at least two classes")
+    if y.dtype != torch.int64:
+        raise ValueError(f"labels is {y.dtype}, takes int64")
+    if g.dtype not in (*TYPES, torch.float64):
+        raise ValueError(f"features is {g.dtype}, takes a floating-point type")
+    allowed = (g.dtype, torch.float32)
+    for name in ("d1_weight", "d2_weight", "classifier_weight", "classifier_bias"):
+        tensor = wanted[name][0]
+        if tensor is not None and (tensor.dtype not in allowed or tensor.dtype != d1.dtype):
+            raise ValueError(f"{name} is {tensor.dtype}; the parameters share one type, {g.dtype} or torch.float32")

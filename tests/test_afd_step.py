@@ -234,14 +234,26 @@ def test_classifier_alpha_adds_gradient_to_the_classifier_and_nothing_to_the_val
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_losses_of_low_precision_features_are_computed_in_fp32_even_under_autocast(dtype):
+def test_features_set_the_type_and_autocast_has_no_say(dtype):
+    """Products in the features' type, losses in fp32, gradients in each operand's own type."""
     g, t, y, d1, d2, w, b = operands(dtype=torch.float32)
-    low = g.detach().to(dtype)
+    low, teacher = g.detach().to(dtype).requires_grad_(), t.detach().to(dtype)
+
+    def both():
+        out = afd_loss(low, teacher, y, d1, d2, w, b)
+        return out, torch.autograd.grad(out.total, (low, d1, d2, w, b))
+
+    plain, plain_grads = both()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = afd_loss(low, t.detach().to(dtype), y, d1, d2, w, b)
-    exact = afd_loss(low.double(), t.detach().to(dtype).double(), y, d1.double(), d2.double(), w.double(), b.double())
-    assert out.total.dtype == torch.float32
-    torch.testing.assert_close(out.total.detach().double(), exact.total.detach(), rtol=1e-5, atol=0)
+        out, grads = both()
+    assert torch.equal(out.total, plain.total) and torch.equal(out.logits, plain.logits)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True))
+    assert [grad.dtype for grad in grads] == [dtype] + 4 * [torch.float32]
+    assert out.total.dtype == out.logits.dtype == torch.float32
+    wide = [v.double() for v in (low.detach(), teacher)]
+    exact = afd_loss(*wide, y, *(v.detach().double() for v in (d1, d2, w, b)))
+    precision = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out.total.detach().double(), exact.total, rtol=precision, atol=0)
 
 
 def test_edge_batches_stay_finite():

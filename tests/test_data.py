@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastafd.data import DATASETS, ArraySplit, Augment, crop_flip, load_dataset, to_unit
+from fastafd.data import DATASETS, ArraySplit, Augment, load_dataset, to_unit
 from fastafd.data.sources import CIFAR10_CLASSES, CIFAR100_CLASSES
+from fastafd.kernels import augment as crop_flip
 from fastafd.settings import UsageError
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"

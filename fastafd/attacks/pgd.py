@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.attacks.threat import linf_start, linf_step
+from fastafd.attacks.threat import linf_start
+from fastafd.kernels import linf_step
 from fastafd.settings import check, number, pixels, setting, switch
 
 
@@ -41,9 +42,9 @@ class PGD:
         Only the gradient of the input is formed, none of a weight, and nothing but x_adv is kept.
         """
         x = x.detach()
-        x_adv = linf_start(x, self.eps, generator) if self.random_start else x
+        x_adv = linf_start(x, self.eps, generator) if self.random_start else x.clone()
         for _ in range(self.steps):
-            x_adv = x_adv.detach().requires_grad_()
+            x_adv.requires_grad_()
             with torch.enable_grad():
                 logits = classifier(x_adv)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,6 +1,6 @@
 """Data: sources of uint8 images, the .beton cache, three loaders that deliver the same batches, and augmentation."""
 
-from fastafd.data.augment import Augment, crop_flip, to_unit
+from fastafd.data.augment import Augment, to_unit
 from fastafd.data.beton import ensure_beton
 from fastafd.data.loaders import LOADERS, Loader, epoch_order, make_loader
 from fastafd.data.sources import DATASETS, Dataset, load_dataset
@@ -15,7 +15,6 @@ __all__ = [
     "FolderSplit",
     "Loader",
     "Split",
-    "crop_flip",
     "ensure_beton",
     "epoch_order",
     "load_dataset",

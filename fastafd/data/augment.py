@@ -9,26 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastafd.kernels import augment
+
 
 def to_unit(x: Tensor) -> Tensor:
     """Images as the model takes them: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
     # (B,H,W,3) seen as (B,3,H,W) is channels_last already, and .to keeps the strides: no second copy.
     return x.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-
-
-def crop_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Zero-pad, crop at `offsets`, then mirror where `flips`, as one gather.
-
-    x uint8 (B,H,W,3); offsets int64 (B,2), row and column in 0..2*padding; flips bool (B,); all on one device.
-    Returns float32 (B,3,H,W) in [0,1], channels_last.
-    """
-    batch, height, width, _ = x.shape
-    padded = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
-    column = torch.arange(width, device=x.device)
-    rows = offsets[:, :1] + torch.arange(height, device=x.device)  # (B,H)
-    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - column, column)  # (B,W), the crop read backwards
-    images = torch.arange(batch, device=x.device)
-    return to_unit(padded[images[:, None, None], rows[:, :, None], columns[:, None, :]])
 
 
 class Augment:
@@ -60,4 +47,4 @@ class Augment:
         if x.is_cuda:  # pinned, so that the copies do not make the host wait for the device
             offsets, flips = offsets.pin_memory(), flips.pin_memory()
         offsets, flips = offsets.to(x.device, non_blocking=True), flips.to(x.device, non_blocking=True)
-        return crop_flip(x, offsets, flips, self.padding)
+        return augment(x, offsets, flips, self.padding)

@@ -1,0 +1,132 @@
+"""What PGD needs of a classifier's tail: the gradient of the cross-entropy before the last ReLU, and no loss value.
+
+    p = mean over pixels of relu(a)   z = p W^T + b   dz = softmax(z) - 1_y   da = [a > 0] (dz W) / (H W)
+
+The cross-entropy is summed over the batch, since only the signs of the image's gradient count. `a` may be the last
+ReLU's input or its output: the result is the gradient before it either way. For models whose tail is another, the
+plain form takes pooled features: dp = dz W. fp32 inside for fp32, fp16 and bf16 operands (float64 stays float64).
+
+One launch, a program an image. Least bytes: `a` read once and the gradient written once, and W once an image from
+the L2 cache; 2.1 MB each way for ResNet-18 (B=128, bf16, 4x4x512), 10.5 MB for WRN-34-10 (8x8x640).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastafd.kernels.lazy import TYPES, jit, outside_autocast, power_of_two, register_cuda
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def attack_head(activation: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of the summed cross-entropy with respect to the input of the last ReLU, or to pooled features.
+
+    activation (B,D,H,W), the input or output of the last ReLU before global average pooling, or pooled features (B,D);
+    labels (B,) int64 in 0..C-1; weight (C,D) and bias (C,) or None of the classifier, merged: W W_D1. Returns a
+    tensor of the activation's shape and type, channels_last; nothing flows through it.
+    Raises ValueError for shapes or types that do not fit. Source: the AFD paper, Eq. 2.
+    """
+    if activation.ndim not in (2, 4) or weight.ndim != 2:
+        shapes = f"{tuple(activation.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"activation is (B,D,H,W) or (B,D) and weight (C,D), not {shapes}")
+    (batch, width), classes = activation.shape[:2], weight.shape[0]
+    for name, operand, shape in (
+        ("labels", labels, (batch,)),
+        ("weight", weight, (classes, width)),
+        ("bias", bias, (classes,)),
+    ):
+        if operand is not None and tuple(operand.shape) != shape:
+            raise ValueError(f"{name} is {tuple(operand.shape)}, takes {shape} for {tuple(activation.shape)}")
+    if activation.dtype not in (*TYPES, torch.float64) or labels.dtype != torch.int64:
+        raise ValueError(f"activation and labels are {activation.dtype} and {labels.dtype}, take floats and int64")
+    layout = torch.channels_last if activation.ndim == 4 else torch.contiguous_format
+    activation = activation.detach().contiguous(memory_format=layout)
+    bias = None if bias is None else bias.detach().to(activation.dtype)
+    return _attack_head(activation, labels, weight.detach().to(activation.dtype), bias)
+
+
+@outside_autocast
+def attack_head_reference(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """`attack_head` in plain PyTorch."""
+    pooled = a.relu().mean((2, 3)) if a.ndim == 4 else a
+    z = F.linear(pooled, w, b).to(torch.promote_types(a.dtype, torch.float32))
+    slope = (z.softmax(1) - F.one_hot(y, len(w))).to(a.dtype) @ w
+    if a.ndim == 2:
+        return slope
+    slope = slope[:, :, None, None] / (a.shape[2] * a.shape[3])
+    return torch.where(a > 0, slope, 0.0).contiguous(memory_format=torch.channels_last)
+
+
+@jit
+def _head(
+    a, y, w, b, out, HW, C, D, RELU: tl.constexpr, BP: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    # a, out (B,HW,D); y int64 (B); w (C,D); b (C) or None
+    image = tl.program_id(0).to(tl.int64)
+    a += image * HW * D
+    out += image * HW * D
+    c = tl.arange(0, CP)
+    z = tl.where(c < C, 0.0, -float("inf"))
+    if b is not None:
+        z += tl.load(b + c, mask=c < C, other=0.0).to(tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        pooled = tl.zeros((BD,), tl.float32)
+        for first in range(0, HW, BP):
+            p = first + tl.arange(0, BP)
+            inside = (p < HW)[:, None] & (d < D)[None, :]
+            pixels = tl.load(a + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            if RELU:
+                pixels = tl.maximum(pixels, 0.0)
+            pooled += tl.sum(pixels, axis=0)
+        pooled /= HW
+        wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
+        z += tl.sum(wk.to(tl.float32) * pooled[None, :], axis=1)
+
+    hit = c == tl.load(y + image).to(tl.int32)
+    e = tl.exp(z - tl.max(z, axis=0))
+    others = tl.sum(tl.where(hit, 0.0, e), axis=0)  # 1 - softmax_y without the cancellation
+    dz = tl.where(hit, -others, e) / (tl.sum(e, axis=0) * HW)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
+        slope = tl.sum(wk.to(tl.float32) * dz[:, None], axis=0)
+        for first in range(0, HW, BP):
+            p = first + tl.arange(0, BP)
+            inside = (p < HW)[:, None] & (d < D)[None, :]
+            at = p[:, None] * D + d[None, :]
+            found = tl.broadcast_to(slope[None, :], (BP, BD))
+            if RELU:
+                found = tl.where(tl.load(a + at, mask=inside, other=0.0).to(tl.float32) > 0, found, 0.0)
+            tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+
+
+def attack_head_fused(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """`attack_head` by the kernel."""
+    w, out = w.contiguous(), torch.empty_like(a)
+    (batch, width), classes = a.shape[:2], len(w)
+    pixels = a.shape[2:].numel()
+    padded = 16 if classes <= 16 else power_of_two(classes, 128)
+    tile = {"BP": min(power_of_two(pixels), 32), "CP": padded, "BD": min(max(8192 // padded, 16), 128)}
+    with torch.cuda.device_of(a):
+        _head[(batch,)](a, y, w, b, out, pixels, classes, width, RELU=a.ndim == 4, **tile, num_warps=8)
+    return out
+
+
+@torch.library.custom_op("fastafd::attack_head", mutates_args=(), device_types="cpu")
+def _attack_head(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return attack_head_reference(a, y, w, b)
+
+
+@_attack_head.register_fake
+def _(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return torch.empty_like(a)
+
+
+register_cuda(_attack_head, attack_head_reference, attack_head_fused)

@@ -1,0 +1,89 @@
+"""Zero-padded crop, horizontal flip and scaling to [0,1], as one gather.
+
+    out[b, :, i, j] = x[b, i + row_b - padding, (W-1-j if flip_b else j) + column_b - padding, :] / 255,  0 outside
+
+Bytes: 1 read and 4 written a pixel and channel. The division rounds correctly, so that every loader and device gives
+the same pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastafd.kernels.lazy import cdiv, jit, register_cuda
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+BLOCK = 1024  # output values a program
+
+
+def augment(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Pad with zeros, crop at `offsets`, then mirror where `flips`.
+
+    x uint8 (B,H,W,3); offsets int64 (B,2), row and column in 0..2*padding; flips bool (B,); all on one device.
+    Returns float32 (B,3,H,W) in [0,1], channels_last. Raises ValueError for shapes or types that do not fit.
+    """
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, takes uint8 (B,H,W,3)")
+    if offsets.shape != (len(x), 2) or offsets.dtype != torch.int64:
+        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}, takes int64 {(len(x), 2)}")
+    if flips.shape != (len(x),) or flips.dtype != torch.bool:
+        raise ValueError(f"flips is {flips.dtype} {tuple(flips.shape)}, takes bool {(len(x),)}")
+    return _augment(x, offsets, flips, padding)
+
+
+def augment_reference(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """`augment` in plain PyTorch."""
+    batch, height, width, _ = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    column = torch.arange(width, device=x.device)
+    rows = offsets[:, :1] + torch.arange(height, device=x.device)  # (B,H)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - column, column)  # (B,W), the crop read backwards
+    images = torch.arange(batch, device=x.device)
+    cropped = padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2).to(torch.float32).div_(255)  # the permuted view is channels_last already
+
+
+@jit
+def _crop_flip(x, offsets, flips, out, height, width, padding, BLOCK: tl.constexpr):
+    # x uint8 and out float32: (B,height,width,3); offsets int64 (B,2); flips bool (B)
+    image = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pixel, channel = at // 3, at % 3
+    i, j = pixel // width, pixel % width
+    row = i + (tl.load(offsets + 2 * image).to(tl.int32) - padding)
+    mirrored = tl.load(flips + image).to(tl.int32) != 0
+    column = tl.where(mirrored, width - 1 - j, j) + (tl.load(offsets + 2 * image + 1).to(tl.int32) - padding)
+    start = image.to(tl.int64) * height * width * 3
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (i < height)
+    value = tl.load(x + start + (row * width + column) * 3 + channel, mask=inside, other=0).to(tl.float32)
+    tl.store(out + start + at, tl.div_rn(value, 255.0), mask=i < height)
+
+
+def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """`augment` by the kernel."""
+    x, offsets, flips = x.contiguous(), offsets.contiguous(), flips.contiguous()
+    batch, height, width, _ = x.shape
+    out = torch.empty(batch, height, width, 3, device=x.device)
+    with torch.cuda.device_of(x):
+        grid = (cdiv(height * width * 3, BLOCK), batch)
+        _crop_flip[grid](x, offsets, flips, out, height, width, padding, BLOCK=BLOCK)
+    return out.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastafd::augment", mutates_args=(), device_types="cpu")
+def _augment(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    return augment_reference(x, offsets, flips, padding)
+
+
+@_augment.register_fake
+def _(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    batch, height, width, channels = x.shape
+    return x.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+register_cuda(_augment, augment_reference, augment_fused)

@@ -1,0 +1,156 @@
+"""TRADES' divergence between two sets of logits, with both gradients.
+
+    p = softmax(z_natural)   q = softmax(z_adversarial)   KL_b = sum_c p (log p - log q)   loss = mean_b KL_b
+    dloss/dz_adversarial = (q - p) / B       dloss/dz_natural = p (log p - log q - KL_b) / B
+
+fp32 inside for fp32, fp16 and bf16 logits (float64 stays float64). Bytes: both sets read once for the value; read once
+and both gradients written once in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastafd.kernels.lazy import TYPES, cdiv, differentiable_once, jit, outside_autocast, power_of_two, register_cuda
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+TILE = 2048  # logits a program and set
+
+
+def kl_loss(adversarial_logits: Tensor, natural_logits: Tensor) -> Tensor:
+    """KL(softmax(natural) || softmax(adversarial)), the mean over the batch: (B,C), (B,C) -> scalar.
+
+    Differentiable once in both; raises RuntimeError for a second derivative and ValueError for shapes or types that do
+    not fit. Source: Zhang et al., arXiv 1901.08573, Eq. 5 with the KL of its released code.
+    """
+    if adversarial_logits.ndim != 2 or adversarial_logits.shape != natural_logits.shape:
+        shapes = f"{tuple(adversarial_logits.shape)} and {tuple(natural_logits.shape)}"
+        raise ValueError(f"the logits are {shapes}, take one shape (B,C)")
+    if adversarial_logits.dtype != natural_logits.dtype or natural_logits.dtype not in (*TYPES, torch.float64):
+        types = f"{adversarial_logits.dtype} and {natural_logits.dtype}"
+        raise ValueError(f"the logits are {types}, take one floating-point type")
+    return _kl_rows(adversarial_logits, natural_logits).mean()
+
+
+@outside_autocast
+def kl_rows_reference(adversarial: Tensor, natural: Tensor) -> Tensor:
+    """KL of each row: (B,C), (B,C) -> (B,)."""
+    wide = torch.promote_types(natural.dtype, torch.float32)
+    log_p, log_q = natural.to(wide).log_softmax(1), adversarial.to(wide).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+@outside_autocast
+def kl_gradients_reference(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of both sets of logits, (B,C) each, from those of the rows, (B,)."""
+    log_p, log_q = natural.to(rows.dtype).log_softmax(1), adversarial.to(rows.dtype).log_softmax(1)
+    of_adversarial = grad[:, None] * (log_q.exp() - log_p.exp())
+    of_natural = grad[:, None] * log_p.exp() * (log_p - log_q - rows[:, None])
+    return of_adversarial.to(adversarial.dtype), of_natural.to(natural.dtype)
+
+
+@jit
+def _log_softmax(z):
+    # z (BM,CP), -inf beyond the classes
+    shifted = z - tl.max(z, axis=1)[:, None]
+    return shifted - tl.log(tl.sum(tl.exp(shifted), axis=1))[:, None]
+
+
+@jit
+def _rows(adversarial, natural, rows, B, C, BM: tl.constexpr, CP: tl.constexpr):
+    # adversarial, natural (B,C); rows fp32 (B)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, CP)
+    inside = (row < B)[:, None] & (c < C)[None, :]
+    at = row[:, None].to(tl.int64) * C + c[None, :]
+    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
+    log_p = _log_softmax(tl.load(natural + at, mask=inside, other=0.0).to(tl.float32) + beyond)
+    log_q = _log_softmax(tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32) + beyond)
+    gap = tl.where(inside, log_p - log_q, 0.0)
+    tl.store(rows + row, tl.sum(tl.exp(log_p) * gap, axis=1), mask=row < B)
+
+
+@jit
+def _gradients(
+    grad, step, adversarial, natural, rows, d_adversarial, d_natural, B, C, BM: tl.constexpr, CP: tl.constexpr
+):
+    # grad: B values, `step` apart (0: one for all); adversarial, natural and their gradients (B,C); rows fp32 (B)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, CP)
+    inside = (row < B)[:, None] & (c < C)[None, :]
+    at = row[:, None].to(tl.int64) * C + c[None, :]
+    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
+    log_p = _log_softmax(tl.load(natural + at, mask=inside, other=0.0).to(tl.float32) + beyond)
+    log_q = _log_softmax(tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32) + beyond)
+    scale = tl.load(grad + row * step, mask=row < B, other=0.0)[:, None]
+    kl = tl.load(rows + row, mask=row < B, other=0.0)[:, None]
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    gap = tl.where(inside, log_p - log_q, 0.0)
+    tl.store(d_adversarial + at, (scale * (q - p)).to(d_adversarial.dtype.element_ty), mask=inside)
+    tl.store(d_natural + at, (scale * p * (gap - kl)).to(d_natural.dtype.element_ty), mask=inside)
+
+
+def _tile(classes: int) -> tuple[int, int]:
+    """Rows and padded classes of a program."""
+    padded = power_of_two(classes, 16)
+    return max(1, TILE // padded), padded
+
+
+def kl_rows_fused(adversarial: Tensor, natural: Tensor) -> Tensor:
+    """`kl_rows_reference` by the kernel."""
+    (batch, classes), adversarial, natural = natural.shape, adversarial.contiguous(), natural.contiguous()
+    rows = torch.empty(batch, device=natural.device)
+    bm, padded = _tile(classes)
+    with torch.cuda.device_of(natural):
+        _rows[(cdiv(batch, bm),)](adversarial, natural, rows, batch, classes, BM=bm, CP=padded)
+    return rows
+
+
+def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`kl_gradients_reference` by the kernel."""
+    (batch, classes), adversarial, natural = natural.shape, adversarial.contiguous(), natural.contiguous()
+    found = torch.empty_like(adversarial), torch.empty_like(natural)
+    bm, padded = _tile(classes)
+    with torch.cuda.device_of(natural):
+        operands = (grad, grad.stride(0), adversarial, natural, rows, *found, batch, classes)
+        _gradients[(cdiv(batch, bm),)](*operands, BM=bm, CP=padded)
+    return found
+
+
+@torch.library.custom_op("fastafd::kl_rows", mutates_args=(), device_types="cpu")
+def _kl_rows(adversarial: Tensor, natural: Tensor) -> Tensor:
+    return kl_rows_reference(adversarial, natural)
+
+
+@_kl_rows.register_fake
+def _(adversarial: Tensor, natural: Tensor) -> Tensor:
+    return natural.new_empty(len(natural), dtype=torch.promote_types(natural.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastafd::kl_gradients", mutates_args=(), device_types="cpu")
+def _kl_gradients(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return kl_gradients_reference(grad, adversarial, natural, rows)
+
+
+@_kl_gradients.register_fake
+def _(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return adversarial.new_empty(adversarial.shape), natural.new_empty(natural.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _kl_gradients(grad, *ctx.saved_tensors)
+
+
+_kl_rows.register_autograd(_backward, setup_context=_save)
+differentiable_once(_kl_gradients, "kl_loss")
+register_cuda(_kl_rows, kl_rows_reference, kl_rows_fused)
+register_cuda(_kl_gradients, kl_gradients_reference, kl_gradients_fused)
