@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.fastafd-setup
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test lint bundle clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# make bundle PYTHON=3.12: wheels for a machine without internet that has that Python; .venv is made with python3 as ever
+BUNDLE_FOR := $(filter-out python3,$(PYTHON))
+bundle: override PYTHON := python3
+bundle: $(STAMP)
+	$(BIN)/python bundle.py $(BUNDLE_FOR)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

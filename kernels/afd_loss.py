@@ -32,15 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastafd.kernels.afd_products import afd_gradients, project
-from fastafd.kernels.lazy import TYPES, cdiv, jit, outside_autocast, power_of_two, register_cuda
+from fastafd.kernels.lazy import TYPES, cdiv, jit, outside_autocast, packed, power_of_two, register_cuda
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 SHORTEST = 1e-8  # a vector shorter than this has cosine 0 to everything, and passes no gradient of it
 INSIDE = 128  # the most classes whose logits the row kernel computes itself
-ROWS, ROWS_OF_LOGITS = {"BD": 64}, {"BD": 256}  # features at a time
-ROWS_A_PROGRAM = 1  # of _rows_of_logits; _rows takes 16, the least of a product
 
 
 class AFDLoss(NamedTuple):
@@ -144,7 +142,7 @@ def _cosine_slope(u: Tensor, v: Tensor) -> Tensor:
     return torch.where(length < SHORTEST, 0.0, across / length.clamp_min(SHORTEST))
 
 
-@jit
+@jit()
 def _cross_entropy(z, target, c):
     # z (BM,CP), -inf beyond the classes; target (BM); -> the loss of each row, and softmax minus one-hot
     hit = c[None, :] == target[:, None]
@@ -155,13 +153,13 @@ def _cross_entropy(z, target, c):
     return loss, e / total[:, None] - hit.to(tl.float32)
 
 
-@jit
+@jit()
 def _inverse_length(squared):
     # 1/|u|, 0 for a vector without length
     return tl.where(squared < 1e-16, 0.0, 1.0 / tl.sqrt_rn(tl.maximum(squared, 1e-16)))
 
 
-@jit
+@jit()
 def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B):
     # per row: the terms; partial (programs,4) scratch; done (1); losses (5) out, by the last program in a fixed order
     mine = partial + 4 * tl.program_id(0)
@@ -185,13 +183,13 @@ def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, losse
         tl.store(losses + 1 + term, sums)
 
 
-@jit
+@jit("B", "C")
 def _rows(
     f, t, y, w, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
     BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    # f (2,B,D); t (B,D); y int64 (B); w (C,D); b (C) or None; out: df (2,B,D), dz (2,B,C), logits fp32 (B,C), wrong
-    # int64 (B), losses fp32 (5); partial, done: see _finish
+    # f (2,B,D); t (B,D); y int64 (B); w (C,D) and b (C) in f's type; out: df (2,B,D), dz (2,B,C), logits fp32 (B,C),
+    # wrong int64 (B), losses fp32 (5); partial, done: see _finish
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, CP)
     z1 = tl.zeros((BM, CP), tl.float32)
@@ -207,7 +205,7 @@ def _rows(
         inside = (row < B)[:, None] & (d < D)[None, :]
         u = tl.load(f + at, mask=inside, other=0.0)
         v = tl.load(f + B * D + at, mask=inside, other=0.0)
-        wt = tl.load(w + c[None, :] * D + d[:, None], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0).to(u.dtype)
+        wt = tl.load(w + c[None, :] * D + d[:, None], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
         z1 = tl.dot(u, wt, z1)
         z2 = tl.dot(v, wt, z2)
         u, v = u.to(tl.float32), v.to(tl.float32)
@@ -218,9 +216,7 @@ def _rows(
         uv += tl.sum(u * v, axis=1)
         ut += tl.sum(u * p, axis=1)
 
-    bias = tl.where(c < C, 0.0, -float("inf"))
-    if b is not None:
-        bias += tl.load(b + c, mask=c < C, other=0.0).to(f.dtype.element_ty).to(tl.float32)
+    bias = tl.load(b + c, mask=c < C, other=-float("inf")).to(tl.float32)
     z1 += bias[None, :]
     z2 += bias[None, :]
     label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
@@ -228,11 +224,11 @@ def _rows(
     cross_entropy, dz1 = _cross_entropy(z1, label, c)
     confused, dz2 = _cross_entropy(z2, other, c)
     dz1, dz2 = dz1.to(dz.dtype.element_ty), dz2.to(dz.dtype.element_ty)
-    at = row[:, None] * C + c[None, :]
-    inside = (row < B)[:, None] & (c < C)[None, :]
-    tl.store(logits + at, z1, mask=inside)
-    tl.store(dz + at, dz1, mask=inside)
-    tl.store(dz + B * C + at, dz2, mask=inside)
+    of_class = row[:, None] * C + c[None, :]
+    classes = (row < B)[:, None] & (c < C)[None, :]
+    tl.store(logits + of_class, z1, mask=classes)
+    tl.store(dz + of_class, dz1, mask=classes)
+    tl.store(dz + B * C + of_class, dz2, mask=classes)
     tl.store(wrong + row, other.to(tl.int64), mask=row < B)
 
     iu, iv, it = _inverse_length(uu), _inverse_length(vv), _inverse_length(tt)
@@ -247,7 +243,6 @@ def _rows(
         v = tl.load(f + B * D + at, mask=inside, other=0.0).to(tl.float32)
         p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
         wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
-        wk = wk.to(dz.dtype.element_ty)
         df1 = tl.dot(dz1, wk) + (of_v[:, None] * v + of_t[:, None] * p + of_u[:, None] * u)
         df2 = alpha * tl.dot(dz2, wk)
         tl.store(df + at, df1.to(df.dtype.element_ty), mask=inside)
@@ -255,7 +250,7 @@ def _rows(
     _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
 
 
-@jit
+@jit("B", "C")
 def _rows_of_logits(
     f, t, y, z, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
     BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
@@ -281,20 +276,18 @@ def _rows_of_logits(
         uv += u * v
         ut += u * p
 
-    at = row[:, None] * C + c[None, :]
-    inside = (row < B)[:, None] & (c < C)[None, :]
-    bias = tl.where(c < C, 0.0, -float("inf"))
-    if b is not None:
-        bias += tl.load(b + c, mask=c < C, other=0.0).to(f.dtype.element_ty).to(tl.float32)
-    z1 = tl.load(z + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    z2 = tl.load(z + B * C + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    of_class = row[:, None] * C + c[None, :]
+    classes = (row < B)[:, None] & (c < C)[None, :]
+    bias = tl.load(b + c, mask=c < C, other=-float("inf")).to(tl.float32)
+    z1 = tl.load(z + of_class, mask=classes, other=0.0).to(tl.float32) + bias[None, :]
+    z2 = tl.load(z + B * C + of_class, mask=classes, other=0.0).to(tl.float32) + bias[None, :]
     label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
     other = tl.argmax(tl.where(c[None, :] == label[:, None], -float("inf"), z1), axis=1)
     cross_entropy, dz1 = _cross_entropy(z1, label, c)
     confused, dz2 = _cross_entropy(z2, other, c)
-    tl.store(logits + at, z1, mask=inside)
-    tl.store(dz + at, dz1.to(dz.dtype.element_ty), mask=inside)
-    tl.store(dz + B * C + at, dz2.to(dz.dtype.element_ty), mask=inside)
+    tl.store(logits + of_class, z1, mask=classes)
+    tl.store(dz + of_class, dz1.to(dz.dtype.element_ty), mask=classes)
+    tl.store(dz + B * C + of_class, dz2.to(dz.dtype.element_ty), mask=classes)
     tl.store(wrong + row, other.to(tl.int64), mask=row < B)
 
     iu, iv = _inverse_length(tl.sum(uu, axis=1)), _inverse_length(tl.sum(vv, axis=1))
@@ -314,6 +307,16 @@ def _rows_of_logits(
     _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
 
 
+def rows_tile(classes: int, width: int) -> dict[str, int]:
+    """Rows, padded classes and features that a program of `_rows` holds at a time."""
+    return {"BM": 16, "CP": 16 if classes <= 16 and width % 16 == 0 else INSIDE, "BD": 64, "num_warps": 8}
+
+
+def logits_tile(classes: int) -> dict[str, int]:
+    """The same of `_rows_of_logits`."""
+    return {"BM": 1, "CP": 256 if classes <= 256 else power_of_two(classes, 1024), "BD": 256, "num_warps": 4}
+
+
 @outside_autocast
 def afd_loss_fused(
     g: Tensor,
@@ -329,24 +332,22 @@ def afd_loss_fused(
     classifier_alpha: float,
 ) -> Rows:
     """`afd_loss_reference` by the kernels."""
-    g, t, d1, d2, w = (operand.contiguous() for operand in (g, t, d1, d2, w))
+    g, t, y, d1, d2, w = (packed(operand) for operand in (g, t, y, d1, d2, w))
+    f, w, b, done = project(g, d1, d2, w, None if b is None else packed(b))
     (batch, width), classes = g.shape, len(w)
-    f, df, dz = g.new_empty(2, batch, width), g.new_empty(2, batch, width), g.new_empty(2, batch, classes)
+    df, dz = torch.empty_like(f), g.new_empty(2, batch, classes)
     logits = torch.empty(batch, classes, device=g.device)
     wrong, losses = torch.empty_like(y), torch.empty(5, device=g.device)
     inside = g.dtype != torch.float32 and classes <= INSIDE
-    rows = 16 if inside else ROWS_A_PROGRAM
-    partial, done = torch.empty(cdiv(batch, rows), 4, device=g.device), y.new_empty(1, dtype=torch.int32)
+    tile = rows_tile(classes, width) if inside else logits_tile(classes)
+    partial = torch.empty(cdiv(batch, tile["BM"]), 4, device=g.device)
     out = (df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, batch, classes, width)
-    w = project(g, d1, d2, w, f, done, in_one_type=not inside)
     with torch.cuda.device_of(g):
         if inside:
-            padded = 16 if classes <= 16 else INSIDE
-            _rows[(len(partial),)](f, t, y, w, b, *out, BM=rows, CP=padded, **ROWS)
+            _rows[(len(partial),)](f, t, y, w, b, *out, **tile)
         else:
             z = f.view(2 * batch, width) @ w.T
-            padded = power_of_two(classes, INSIDE)
-            _rows_of_logits[(len(partial),)](f, t, y, z, b, *out, BM=rows, CP=padded, **ROWS_OF_LOGITS)
+            _rows_of_logits[(len(partial),)](f, t, y, z, b, *out, **tile)
             df[0].addmm_(dz[0], w)
             torch.addmm(df[1], dz[1], w, beta=0, alpha=alpha, out=df[1])
     return losses, logits, wrong, f, df, dz

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import cdiv, differentiable_once, jit, outside_autocast, register_cuda
+from fastafd.kernels.lazy import cdiv, differentiable_once, jit, outside_autocast, packed, register_cuda
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-PROJECT = {"BM": 32, "BN": 32, "BK": 128, "num_stages": 2}
-GRADIENTS = {"BM": 64, "BN": 64, "BK": 64, "num_stages": 2}
 
-
-@jit
-def _project(g, d1, d2, w, f, w_cast, done, B, C, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    # g (B,D); d1, d2 (D,D); w (C,D); out: f (2,B,D); w_cast (C,D), w in f's type, or None; done int32 (1): 0, the count
-    # of the row kernel's finished programs
+@jit("has_bias", "B", "C")
+def _project(
+    g, d1, d2, w, b, has_bias, f, w_cast, b_cast, done, B, C, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    # g (B,D); d1, d2 (D,D); w (C,D); b (C), read if has_bias; out: f (2,B,D); w_cast (C,D) and b_cast (C), in f's type;
+    # done int32 (1): 0, the count of the row kernel's finished programs
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(done, 0)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -43,22 +42,38 @@ def _project(g, d1, d2, w, f, w_cast, done, B, C, D, BM: tl.constexpr, BN: tl.co
     inside = (row < B)[:, None] & (column < D)[None, :]
     tl.store(f + at, f1.to(f.dtype.element_ty), mask=inside)
     tl.store(f + B * D + at, f2.to(f.dtype.element_ty), mask=inside)
-    if w_cast is not None:
-        for start in range(tl.program_id(0) * BM, C, tl.num_programs(0) * BM):
-            c = start + tl.arange(0, BM)
-            at = c[:, None] * D + column[None, :]
-            inside = (c < C)[:, None] & (column < D)[None, :]
-            tl.store(w_cast + at, tl.load(w + at, mask=inside, other=0.0).to(f.dtype.element_ty), mask=inside)
+    for start in range(tl.program_id(0) * BM, C, tl.num_programs(0) * BM):
+        c = start + tl.arange(0, BM)
+        weight = c[:, None] * D + column[None, :]
+        exists = (c < C)[:, None] & (column < D)[None, :]
+        tl.store(w_cast + weight, tl.load(w + weight, mask=exists, other=0.0).to(f.dtype.element_ty), mask=exists)
+        if tl.program_id(1) == 0:
+            bias = tl.load(b + c, mask=(c < C) & (has_bias != 0), other=0.0)
+            tl.store(b_cast + c, bias.to(f.dtype.element_ty), mask=c < C)
 
 
-def project(g: Tensor, d1: Tensor, d2: Tensor, w: Tensor, f: Tensor, done: Tensor, in_one_type: bool) -> Tensor:
-    """Fill `f` (2,B,D) with f1 and f2, and `done` with 0; returns w, `in_one_type` with f if asked for."""
+def project_tile(dtype: torch.dtype) -> dict[str, int]:
+    """Rows, columns and terms of a product that a program of `_project` takes at a time."""
+    narrow = {"BM": 32, "BN": 32, "num_stages": 2}
+    return narrow | ({"BK": 16, "num_warps": 8} if dtype == torch.float32 else {"BK": 64, "num_warps": 4})
+
+
+def gradients_tile(dtype: torch.dtype) -> dict[str, int]:
+    """The same of `_gradients`."""
+    return {"BM": 64, "BN": 64, "BK": 16 if dtype == torch.float32 else 64, "num_stages": 2, "num_warps": 8}
+
+
+def project(g: Tensor, d1: Tensor, d2: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f1 and f2, (2,B,D); W and b in their type; and a count of 0, all in one launch."""
     (batch, width), classes = g.shape, len(w)
-    cast = f.new_empty(w.shape) if in_one_type and w.dtype != f.dtype else None
-    grid = (cdiv(batch, PROJECT["BM"]), cdiv(width, PROJECT["BN"]))
+    f, w_cast, b_cast = g.new_empty(2, batch, width), g.new_empty(classes, width), g.new_empty(classes)
+    done = torch.empty(1, dtype=torch.int32, device=g.device)
+    tile = project_tile(g.dtype)
+    grid = (cdiv(batch, tile["BM"]), cdiv(width, tile["BN"]))
+    operands = (g, d1, d2, w, w if b is None else b, int(b is not None), f, w_cast, b_cast, done)
     with torch.cuda.device_of(g):
-        _project[grid](g, d1, d2, w, f, cast, done, batch, classes, width, **PROJECT)
-    return w if cast is None else cast
+        _project[grid](*operands, batch, classes, width, **tile)
+    return f, w_cast, b_cast, done
 
 
 @outside_autocast
@@ -75,7 +90,7 @@ def afd_gradients_reference(
     return dg.to(g.dtype), dd1.to(d1.dtype), dd2.to(d1.dtype), dw.to(w.dtype), db.to(w.dtype)
 
 
-@jit
+@jit()
 def _outer(a, b, m, n, K, M, N, BK: tl.constexpr):
     # a (K,M), b (K,N); m (BM), n (BN): -> a^T b at rows m and columns n
     acc = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
@@ -87,7 +102,7 @@ def _outer(a, b, m, n, K, M, N, BK: tl.constexpr):
     return acc
 
 
-@jit
+@jit("B", "C")
 def _gradients(
     grad, g, d1, f, df, dz, dg, dd1, dd2, dw, db, classifier_alpha, B, C, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -129,11 +144,11 @@ def _gradients(
             total = tl.zeros((BM,), tl.float32)
             for start in range(0, B, BK):
                 k = start + tl.arange(0, BK)
-                at = k[None, :] * C + m[:, None]
-                inside = (m < C)[:, None] & (k < B)[None, :]
-                total += tl.sum(tl.load(dz + at, mask=inside, other=0.0).to(tl.float32), axis=1)
-                second = tl.load(dz + B * C + at, mask=inside, other=0.0).to(tl.float32)
-                total += classifier_alpha * tl.sum(second, axis=1)
+                of_class = k[None, :] * C + m[:, None]
+                exists = (m < C)[:, None] & (k < B)[None, :]
+                total += tl.sum(tl.load(dz + of_class, mask=exists, other=0.0).to(tl.float32), axis=1)
+                of_f2 = tl.load(dz + B * C + of_class, mask=exists, other=0.0).to(tl.float32)
+                total += classifier_alpha * tl.sum(of_f2, axis=1)
             tl.store(db + m, (scale * total).to(db.dtype.element_ty), mask=m < C)
 
 
@@ -141,14 +156,15 @@ def afd_gradients_fused(
     grad: Tensor, g: Tensor, d1: Tensor, w: Tensor, f: Tensor, df: Tensor, dz: Tensor, classifier_alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`afd_gradients_reference` by the kernel."""
-    g, d1 = g.contiguous(), d1.contiguous()
+    g, d1 = packed(g), packed(d1)
     (batch, width), classes = g.shape, len(w)
     found = torch.empty_like(g), torch.empty_like(d1), torch.empty_like(d1), w.new_empty(w.shape), w.new_empty(classes)
-    down, across = GRADIENTS["BM"], GRADIENTS["BN"]
+    tile = gradients_tile(g.dtype)
+    down, across = tile["BM"], tile["BN"]
     grid = ((cdiv(batch, down) + 2 * cdiv(width, down) + cdiv(classes, down)) * cdiv(width, across),)
     operands = (grad, g, d1, f, df, dz, *found, classifier_alpha, batch, classes, width)
     with torch.cuda.device_of(g):
-        _gradients[grid](*operands, **GRADIENTS)
+        _gradients[grid](*operands, **tile)
     return found
 
 

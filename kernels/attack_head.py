@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, jit, outside_autocast, power_of_two, register_cuda
+from fastafd.kernels.lazy import TYPES, aligned, jit, outside_autocast, packed, power_of_two, register_cuda
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -47,12 +47,12 @@ def attack_head(activation: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
         raise ValueError(f"activation and labels are {activation.dtype} and {labels.dtype}, take floats and int64")
     layout = torch.channels_last if activation.ndim == 4 else torch.contiguous_format
     activation = activation.detach().contiguous(memory_format=layout)
-    bias = None if bias is None else bias.detach().to(activation.dtype)
-    return _attack_head(activation, labels, weight.detach().to(activation.dtype), bias)
+    bias = weight.new_zeros(classes) if bias is None else bias.detach()
+    return _attack_head(activation, labels, *(operand.detach().to(activation.dtype) for operand in (weight, bias)))
 
 
 @outside_autocast
-def attack_head_reference(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def attack_head_reference(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`attack_head` in plain PyTorch."""
     pooled = a.relu().mean((2, 3)) if a.ndim == 4 else a
     z = F.linear(pooled, w, b).to(torch.promote_types(a.dtype, torch.float32))
@@ -63,18 +63,16 @@ def attack_head_reference(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> 
     return torch.where(a > 0, slope, 0.0).contiguous(memory_format=torch.channels_last)
 
 
-@jit
+@jit("relu", "HW", "C")
 def _head(
-    a, y, w, b, out, HW, C, D, RELU: tl.constexpr, BP: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr
+    a, y, w, b, out, relu, HW, C, D, BP: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    # a, out (B,HW,D); y int64 (B); w (C,D); b (C) or None
+    # a, out (B,HW,D), of pooled features with HW = 1 and relu = 0; y int64 (B); w (C,D); b (C)
     image = tl.program_id(0).to(tl.int64)
     a += image * HW * D
     out += image * HW * D
     c = tl.arange(0, CP)
-    z = tl.where(c < C, 0.0, -float("inf"))
-    if b is not None:
-        z += tl.load(b + c, mask=c < C, other=0.0).to(tl.float32)
+    z = tl.load(b + c, mask=c < C, other=-float("inf")).to(tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         pooled = tl.zeros((BD,), tl.float32)
@@ -82,9 +80,7 @@ def _head(
             p = first + tl.arange(0, BP)
             inside = (p < HW)[:, None] & (d < D)[None, :]
             pixels = tl.load(a + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            if RELU:
-                pixels = tl.maximum(pixels, 0.0)
-            pooled += tl.sum(pixels, axis=0)
+            pooled += tl.sum(tl.where((pixels > 0) | (relu == 0), pixels, 0.0), axis=0)
         pooled /= HW
         wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
         z += tl.sum(wk.to(tl.float32) * pooled[None, :], axis=1)
@@ -101,31 +97,36 @@ def _head(
             p = first + tl.arange(0, BP)
             inside = (p < HW)[:, None] & (d < D)[None, :]
             at = p[:, None] * D + d[None, :]
-            found = tl.broadcast_to(slope[None, :], (BP, BD))
-            if RELU:
-                found = tl.where(tl.load(a + at, mask=inside, other=0.0).to(tl.float32) > 0, found, 0.0)
-            tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+            passes = (tl.load(a + at, mask=inside, other=0.0) > 0) | (relu == 0)
+            tl.store(out + at, tl.where(passes, slope[None, :], 0.0).to(out.dtype.element_ty), mask=inside)
 
 
-def attack_head_fused(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def tile_of(classes: int, width: int) -> dict[str, int]:
+    """Pixels, padded classes and features that a program holds at a time."""
+    if classes <= 16 and width % 16 == 0:
+        return {"BP": 16, "CP": 16, "BD": 128, "num_warps": 8}
+    if classes <= 256:
+        return {"BP": 16, "CP": 256, "BD": 32, "num_warps": 8}
+    return {"BP": 16, "CP": power_of_two(classes, 1024), "BD": 8, "num_warps": 16}
+
+
+def attack_head_fused(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`attack_head` by the kernel."""
-    w, out = w.contiguous(), torch.empty_like(a)
+    a, out, y, w, b = aligned(a), torch.empty_like(a), packed(y), packed(w), packed(b)
     (batch, width), classes = a.shape[:2], len(w)
-    pixels = a.shape[2:].numel()
-    padded = 16 if classes <= 16 else power_of_two(classes, 128)
-    tile = {"BP": min(power_of_two(pixels), 32), "CP": padded, "BD": min(max(8192 // padded, 16), 128)}
+    sizes = (int(a.ndim == 4), a.shape[2:].numel(), classes, width)
     with torch.cuda.device_of(a):
-        _head[(batch,)](a, y, w, b, out, pixels, classes, width, RELU=a.ndim == 4, **tile, num_warps=8)
+        _head[(batch,)](a, y, w, b, out, *sizes, **tile_of(classes, width))
     return out
 
 
 @torch.library.custom_op("fastafd::attack_head", mutates_args=(), device_types="cpu")
-def _attack_head(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _attack_head(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return attack_head_reference(a, y, w, b)
 
 
 @_attack_head.register_fake
-def _(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.empty_like(a)
 
 

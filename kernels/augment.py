@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import cdiv, jit, register_cuda
+from fastafd.kernels.lazy import cdiv, jit, packed, register_cuda
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -48,7 +48,7 @@ def augment_reference(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -
     return cropped.permute(0, 3, 1, 2).to(torch.float32).div_(255)  # the permuted view is channels_last already
 
 
-@jit
+@jit("height", "width", "padding")
 def _crop_flip(x, offsets, flips, out, height, width, padding, BLOCK: tl.constexpr):
     # x uint8 and out float32: (B,height,width,3); offsets int64 (B,2); flips bool (B)
     image = tl.program_id(1)
@@ -66,7 +66,7 @@ def _crop_flip(x, offsets, flips, out, height, width, padding, BLOCK: tl.constex
 
 def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
     """`augment` by the kernel."""
-    x, offsets, flips = x.contiguous(), offsets.contiguous(), flips.contiguous()
+    x, offsets, flips = packed(x), packed(offsets), packed(flips)
     batch, height, width, _ = x.shape
     out = torch.empty(batch, height, width, 3, device=x.device)
     with torch.cuda.device_of(x):

@@ -1,10 +1,11 @@
 """TRADES' divergence between two sets of logits, with both gradients.
 
     p = softmax(z_natural)   q = softmax(z_adversarial)   KL_b = sum_c p (log p - log q)   loss = mean_b KL_b
-    dloss/dz_adversarial = (q - p) / B       dloss/dz_natural = p (log p - log q - KL_b) / B
+    dloss/dz_adversarial = (q - p) / B       dloss/dz_natural = p (h - sum_c p h) / B,  h = z_natural - z_adversarial
 
-fp32 inside for fp32, fp16 and bf16 logits (float64 stays float64). Bytes: both sets read once for the value; read once
-and both gradients written once in the backward.
+h may be shifted by a constant; taken as 0 at the likeliest class, confident rows lose no digits. fp32 inside for fp32,
+fp16 and bf16 logits (float64 stays float64). Bytes: both sets read once for the value; read once and both gradients
+written once in the backward.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, cdiv, differentiable_once, jit, outside_autocast, power_of_two, register_cuda
+from fastafd.kernels.lazy import (
+    TYPES,
+    cdiv,
+    differentiable_once,
+    jit,
+    outside_autocast,
+    packed,
+    power_of_two,
+    register_cuda,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE = 2048  # logits a program and set
+TILE = 512  # logits a program and set
 
 
 def kl_loss(adversarial_logits: Tensor, natural_logits: Tensor) -> Tensor:
@@ -46,22 +56,16 @@ def kl_rows_reference(adversarial: Tensor, natural: Tensor) -> Tensor:
 
 
 @outside_autocast
-def kl_gradients_reference(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def kl_gradients_reference(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of both sets of logits, (B,C) each, from those of the rows, (B,)."""
-    log_p, log_q = natural.to(rows.dtype).log_softmax(1), adversarial.to(rows.dtype).log_softmax(1)
-    of_adversarial = grad[:, None] * (log_q.exp() - log_p.exp())
-    of_natural = grad[:, None] * log_p.exp() * (log_p - log_q - rows[:, None])
-    return of_adversarial.to(adversarial.dtype), of_natural.to(natural.dtype)
+    p, q = natural.to(grad.dtype).softmax(1), adversarial.to(grad.dtype).softmax(1)
+    gap = natural.to(grad.dtype) - adversarial.to(grad.dtype)
+    gap = gap - gap.gather(1, natural.argmax(1, keepdim=True))
+    of_natural = grad[:, None] * p * (gap - (p * gap).sum(1, keepdim=True))
+    return (grad[:, None] * (q - p)).to(adversarial.dtype), of_natural.to(natural.dtype)
 
 
-@jit
-def _log_softmax(z):
-    # z (BM,CP), -inf beyond the classes
-    shifted = z - tl.max(z, axis=1)[:, None]
-    return shifted - tl.log(tl.sum(tl.exp(shifted), axis=1))[:, None]
-
-
-@jit
+@jit("B", "C")
 def _rows(adversarial, natural, rows, B, C, BM: tl.constexpr, CP: tl.constexpr):
     # adversarial, natural (B,C); rows fp32 (B)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -69,41 +73,49 @@ def _rows(adversarial, natural, rows, B, C, BM: tl.constexpr, CP: tl.constexpr):
     inside = (row < B)[:, None] & (c < C)[None, :]
     at = row[:, None].to(tl.int64) * C + c[None, :]
     beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
-    log_p = _log_softmax(tl.load(natural + at, mask=inside, other=0.0).to(tl.float32) + beyond)
-    log_q = _log_softmax(tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32) + beyond)
-    gap = tl.where(inside, log_p - log_q, 0.0)
-    tl.store(rows + row, tl.sum(tl.exp(log_p) * gap, axis=1), mask=row < B)
+    z_p = tl.load(natural + at, mask=inside, other=0.0).to(tl.float32)
+    z_q = tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32)
+    z_p -= tl.max(z_p + beyond, axis=1)[:, None]
+    z_q -= tl.max(z_q + beyond, axis=1)[:, None]
+    p = tl.exp(z_p + beyond)
+    total_p, total_q = tl.sum(p, axis=1), tl.sum(tl.exp(z_q + beyond), axis=1)
+    gap = (z_p - tl.log(total_p)[:, None]) - (z_q - tl.log(total_q)[:, None])  # log p - log q
+    tl.store(rows + row, tl.sum(p * gap, axis=1) / total_p, mask=row < B)
 
 
-@jit
-def _gradients(
-    grad, step, adversarial, natural, rows, d_adversarial, d_natural, B, C, BM: tl.constexpr, CP: tl.constexpr
-):
-    # grad: B values, `step` apart (0: one for all); adversarial, natural and their gradients (B,C); rows fp32 (B)
+@jit("step", "B", "C")
+def _gradients(grad, step, adversarial, natural, d_adversarial, d_natural, B, C, BM: tl.constexpr, CP: tl.constexpr):
+    # grad: B values, `step` apart (0: one for all); adversarial, natural and their gradients (B,C)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, CP)
     inside = (row < B)[:, None] & (c < C)[None, :]
     at = row[:, None].to(tl.int64) * C + c[None, :]
-    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
-    log_p = _log_softmax(tl.load(natural + at, mask=inside, other=0.0).to(tl.float32) + beyond)
-    log_q = _log_softmax(tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32) + beyond)
     scale = tl.load(grad + row * step, mask=row < B, other=0.0)[:, None]
-    kl = tl.load(rows + row, mask=row < B, other=0.0)[:, None]
-    p, q = tl.exp(log_p), tl.exp(log_q)
-    gap = tl.where(inside, log_p - log_q, 0.0)
+    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
+    z_p = tl.load(natural + at, mask=inside, other=0.0).to(tl.float32)
+    z_q = tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32)
+    gap = z_p - z_q
+    z_p += beyond
+    z_q += beyond
+    likeliest = c[None, :] == tl.argmax(z_p, axis=1)[:, None]
+    gap -= tl.sum(tl.where(likeliest, gap, 0.0), axis=1)[:, None]
+    p, q = tl.exp(z_p - tl.max(z_p, axis=1)[:, None]), tl.exp(z_q - tl.max(z_q, axis=1)[:, None])
+    p /= tl.sum(p, axis=1)[:, None]
+    q /= tl.sum(q, axis=1)[:, None]
+    of_natural = scale * p * (gap - tl.sum(p * gap, axis=1)[:, None])
     tl.store(d_adversarial + at, (scale * (q - p)).to(d_adversarial.dtype.element_ty), mask=inside)
-    tl.store(d_natural + at, (scale * p * (gap - kl)).to(d_natural.dtype.element_ty), mask=inside)
+    tl.store(d_natural + at, of_natural.to(d_natural.dtype.element_ty), mask=inside)
 
 
 def _tile(classes: int) -> tuple[int, int]:
     """Rows and padded classes of a program."""
-    padded = power_of_two(classes, 16)
+    padded = 128 if classes <= 128 else power_of_two(classes, 1024)
     return max(1, TILE // padded), padded
 
 
 def kl_rows_fused(adversarial: Tensor, natural: Tensor) -> Tensor:
     """`kl_rows_reference` by the kernel."""
-    (batch, classes), adversarial, natural = natural.shape, adversarial.contiguous(), natural.contiguous()
+    (batch, classes), adversarial, natural = natural.shape, packed(adversarial), packed(natural)
     rows = torch.empty(batch, device=natural.device)
     bm, padded = _tile(classes)
     with torch.cuda.device_of(natural):
@@ -111,13 +123,13 @@ def kl_rows_fused(adversarial: Tensor, natural: Tensor) -> Tensor:
     return rows
 
 
-def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
     """`kl_gradients_reference` by the kernel."""
-    (batch, classes), adversarial, natural = natural.shape, adversarial.contiguous(), natural.contiguous()
+    (batch, classes), adversarial, natural = natural.shape, packed(adversarial), packed(natural)
     found = torch.empty_like(adversarial), torch.empty_like(natural)
     bm, padded = _tile(classes)
     with torch.cuda.device_of(natural):
-        operands = (grad, grad.stride(0), adversarial, natural, rows, *found, batch, classes)
+        operands = (grad, grad.stride(0), adversarial, natural, *found, batch, classes)
         _gradients[(cdiv(batch, bm),)](*operands, BM=bm, CP=padded)
     return found
 
@@ -133,17 +145,17 @@ def _(adversarial: Tensor, natural: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastafd::kl_gradients", mutates_args=(), device_types="cpu")
-def _kl_gradients(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    return kl_gradients_reference(grad, adversarial, natural, rows)
+def _kl_gradients(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
+    return kl_gradients_reference(grad, adversarial, natural)
 
 
 @_kl_gradients.register_fake
-def _(grad: Tensor, adversarial: Tensor, natural: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
     return adversarial.new_empty(adversarial.shape), natural.new_empty(natural.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

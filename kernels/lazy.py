@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,20 +16,20 @@ T = TypeVar("T")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels take; float64 runs the references
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` for a kernel, or for a function that kernels of the same file call; applied at the first launch."""
-    return Kernel(function)
+def jit(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` for a kernel, or for a function that kernels of the same file call; applied at the first launch.
+
+    One compilation serves every value of the integers named in `varying`; of the others, and of addresses, Triton
+    compiles variants: 1, divisible by 16, any. Give kernels `aligned` tensors, and an address is always the second.
+    """
+    return lambda function: Kernel(function, varying)
 
 
 class Kernel:
-    """A function that will be a `triton.JITFunction`.
+    """A function that will be a `triton.JITFunction`."""
 
-    Arguments named B (batch) and C (classes) vary from call to call, so one compilation serves every value of them;
-    for the others Triton compiles variants: 1, divisible by 16, any.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], varying: tuple[str, ...]) -> None:
+        self.function, self.varying = function, varying
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.jitted()[grid]
@@ -44,8 +43,7 @@ class Kernel:
         scope["tl"] = triton.language
         for name, value in list(scope.items()):
             if isinstance(value, Kernel) and value.function.__globals__ is scope:
-                varying = [argument for argument in ("B", "C") if argument in signature(value.function).parameters]
-                scope[name] = triton.jit(value.function, do_not_specialize=varying)
+                scope[name] = triton.jit(value.function, do_not_specialize=list(value.varying))
         return scope[self.function.__name__]
 
 
@@ -79,6 +77,16 @@ def differentiable_once(op: CustomOpDef, of: str) -> None:
         raise RuntimeError(f"{of} has no second derivative: its gradient was differentiated (create_graph=True)")
 
     op.register_autograd(backward)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy that starts at a multiple of 16 bytes, as every allocation does."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def packed(x: Tensor) -> Tensor:
+    """The tensor, or a copy: contiguous and aligned."""
+    return aligned(x.contiguous())
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,8 +2,8 @@
 
     x_adv <- clamp(clamp(x_adv + step_size * sign(grad), x - eps, x + eps), 0, 1)
 
-Pixels in [0,1], computed in fp32 (float64 stays float64); any of fp32, fp16 and bf16 for each operand. The rounding of
-16-bit pixels comes after the projection: by it they may leave the ball (bf16: by up to 2^-9).
+Pixels in [0,1], computed in fp32 (float64 stays float64); any of fp32, fp16 and bf16 for them, and for grad. The
+rounding of 16-bit pixels comes after the projection: by it they may leave the ball (bf16: by up to 2^-9).
 Bytes: x_adv once read and once written, grad and x once read; 16 a pixel in fp32, 14 with a 16-bit gradient.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, cdiv, jit, register_cuda
+from fastafd.kernels.lazy import TYPES, aligned, cdiv, jit, register_cuda
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -34,6 +34,8 @@ def linf_step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: flo
     for name, operand in (("x_adv", x_adv), ("grad", grad), ("x", x)):
         if operand.dtype not in (*TYPES, torch.float64):
             raise ValueError(f"{name} is {operand.dtype}, takes a floating-point type")
+    if x.dtype != x_adv.dtype:
+        raise ValueError(f"x_adv and x are {x_adv.dtype} and {x.dtype}, take one type")
     _linf_step(x_adv, grad, x, eps, step_size)
     return x_adv
 
@@ -46,7 +48,7 @@ def linf_step_reference(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step
     x_adv.copy_(stepped.clamp(image - eps, image + eps).clamp(0.0, 1.0))
 
 
-@jit
+@jit()
 def _step(x_adv, grad, x, eps, step_size, n, BLOCK: tl.constexpr):
     # x_adv, grad, x: n elements each, in one order
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +63,8 @@ def _step(x_adv, grad, x, eps, step_size, n, BLOCK: tl.constexpr):
 
 def linf_step_fused(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> None:
     """`linf_step` by the kernel."""
-    if torch.empty_like(x_adv, device="meta").stride() != x_adv.stride():  # its memory has gaps, or overlaps
+    gaps = torch.empty_like(x_adv, device="meta").stride() != x_adv.stride()  # or overlaps
+    if gaps or x_adv.data_ptr() % 16:
         return linf_step_reference(x_adv, grad, x, eps, step_size)
     grad, x = (_in_order_of(x_adv, operand) for operand in (grad, x))
     with torch.cuda.device_of(x_adv):
@@ -70,7 +73,7 @@ def linf_step_fused(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_siz
 
 def _in_order_of(x_adv: Tensor, operand: Tensor) -> Tensor:
     if operand.stride() == x_adv.stride():
-        return operand
+        return aligned(operand)
     return torch.empty_like(x_adv, dtype=operand.dtype).copy_(operand)
 
 

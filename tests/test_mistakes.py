@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -162,6 +164,12 @@ def test_wrong_weights(weights, file, words, capsys):
     ):
         line = line_of(evaluate.main if "--weights" in argv else train.main, argv, capsys)
         assert all(word in line for word in words), line
+
+
+def test_digits_without_scikit_learn(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as on a machine that was set up from the bundle
+    line = line_of(train.main, ["--recipe", "digits"], capsys)
+    assert "scikit-learn" in line and "--data-dir" in line
 
 
 def test_evaluate_says_what_it_needs(weights, capsys):

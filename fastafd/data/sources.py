@@ -134,7 +134,14 @@ def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loade
     if (data_dir / "train").is_dir() and set(classes) & set(folder_names(data_dir / "train")):
         return read_tree(data_dir, classes, image_size)  # not just any tree that lies in the default folder
     import torch
-    from sklearn import datasets
+
+    try:
+        from sklearn import datasets
+    except ImportError as error:  # an offline bundle is without it
+        raise UsageError(
+            f"dataset: digits comes with scikit-learn, which cannot be imported ({first_line(error)}); add it, take "
+            "another data set, or name a tree of digits with --data-dir"
+        ) from error
 
     digits = datasets.load_digits()
     small = torch.from_numpy(digits.images).float()[:, None]  # (N,1,8,8) in 0..16

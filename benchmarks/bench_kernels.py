@@ -1,0 +1,204 @@
+"""Each operation of `fastafd.kernels` as a user would write it, the same compiled, and ours; run by benchmarks.kernels.
+
+On CUDA a round is one replay of a graph of CALLS calls on as many input sets, timed with device events, so that neither
+launches nor a warm cache flatter anybody; on a CPU it is CALLS calls, and ours is the reference behind the operation.
+Losses are timed with their gradients. The bytes are the least that must move: each input once, each output once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastafd.kernels import afd_loss, attack_head, augment, kl_loss, linf_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # activations and features; parameters are fp32
+BATCH, CALLS = 128, 16 if DEVICE == "cuda" else 2
+# width of the features, side of the last activation, classes
+SIZES = {"ResNet-18": (512, 4, 10), "WRN-34-10": (640, 8, 10), "WRN-34-10, 200 classes": (640, 8, 200)}
+WEIGHTS = {"alpha": 0.05, "beta": 0.25, "gamma": 25.0}
+
+
+@dataclass
+class Case:
+    """One operation at one size: inputs drawn anew at each call, the plain form, ours, and the bytes of one call."""
+
+    draw: Callable[[], tuple[Any, ...]]
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
+    moved: int
+
+
+def normal(*shape: int, dtype: torch.dtype = LOW) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def labels(classes: int) -> Tensor:
+    return torch.randint(0, classes, (BATCH,), device=DEVICE)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def afd_case(size: str) -> Case:
+    width, _, classes = SIZES[size]
+
+    def draw() -> tuple[Any, ...]:
+        parameters = [normal(width, width, dtype=torch.float32) / width**0.5 for _ in range(2)]
+        parameters += [normal(classes, width, dtype=torch.float32) / width**0.5, normal(classes, dtype=torch.float32)]
+        leaves = [v.requires_grad_() for v in (normal(BATCH, width).relu(), *parameters)]
+        return leaves, normal(BATCH, width).relu(), labels(classes)
+
+    def plain(leaves: list[Tensor], t: Tensor, y: Tensor) -> Any:
+        g, *rest = leaves
+        d1, d2, w, b = (v.to(g.dtype) for v in rest)
+        f1, f2 = F.linear(g, d1), F.linear(g.detach(), d2)
+        z1, z2 = F.linear(f1, w, b).float(), F.linear(f2, w.detach(), b.detach()).float()
+        wrong = z1.detach().scatter(1, y[:, None], float("-inf")).argmax(1)
+        exclusion = F.cosine_similarity(f1.float(), f2.detach().float()).mean() - 1
+        alignment = 1 - F.cosine_similarity(f1.float(), t.float()).mean()
+        confused, cross_entropy = F.cross_entropy(z2, wrong), F.cross_entropy(z1, y)
+        total = WEIGHTS["alpha"] * confused + WEIGHTS["beta"] * exclusion + cross_entropy + WEIGHTS["gamma"] * alignment
+        return total.detach(), z1.detach(), wrong, torch.autograd.grad(total, leaves)
+
+    def ours(leaves: list[Tensor], t: Tensor, y: Tensor) -> Any:
+        g, d1, d2, w, b = leaves
+        out = afd_loss(g, t, y, d1, d2, w, b, **WEIGHTS)
+        return out.total.detach(), out.logits, out.wrong_labels, torch.autograd.grad(out.total, leaves)
+
+    leaves, t, y = draw()
+    logits = 4 * BATCH * classes
+    return Case(draw, plain, ours, 2 * nbytes(*leaves) + nbytes(t, y) + logits + 8 * BATCH)
+
+
+def head_case(size: str) -> Case:
+    width, side, classes = SIZES[size]
+
+    def draw() -> tuple[Any, ...]:
+        a = normal(BATCH, width, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+        return a, labels(classes), normal(classes, width) / width**0.5, normal(classes)
+
+    def plain(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = F.linear(a.relu().mean((2, 3)), w, b).float()
+        return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), a)[0]
+
+    a, y, w, b = draw()
+    return Case(draw, plain, attack_head, 2 * nbytes(a) + nbytes(y, w, b))
+
+
+def kl_case(size: str) -> Case:
+    classes = SIZES[size][2]
+
+    def draw() -> tuple[Any, ...]:
+        return tuple(normal(BATCH, classes).requires_grad_() for _ in range(2))
+
+    def plain(z: Tensor, natural: Tensor) -> Any:
+        loss = F.kl_div(z.float().log_softmax(1), natural.float().softmax(1), reduction="batchmean")
+        return loss.detach(), torch.autograd.grad(loss, (z, natural))
+
+    def ours(z: Tensor, natural: Tensor) -> Any:
+        loss = kl_loss(z, natural)
+        return loss.detach(), torch.autograd.grad(loss, (z, natural))
+
+    return Case(draw, plain, ours, 2 * nbytes(*draw()))
+
+
+def images() -> Tensor:
+    return torch.rand(BATCH, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def step_case(size: str) -> Case:
+    def draw() -> tuple[Any, ...]:
+        return images(), normal(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last), images()
+
+    def plain(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        stepped = x_adv + 2 / 255 * grad.sign()
+        return x_adv.copy_(torch.clamp(torch.clamp(stepped, x - 8 / 255, x + 8 / 255), 0.0, 1.0))
+
+    def ours(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        return linf_step(x_adv, grad, x, 8 / 255, 2 / 255)
+
+    x_adv, grad, x = draw()
+    return Case(draw, plain, ours, nbytes(x_adv, x_adv, grad, x))
+
+
+def augment_case(size: str) -> Case:
+    def draw() -> tuple[Any, ...]:
+        x = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8, device=DEVICE)
+        return x, torch.randint(0, 9, (BATCH, 2), device=DEVICE), torch.rand(BATCH, device=DEVICE) < 0.5
+
+    def plain(x: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 4, 4, 4, 4))
+        at = torch.arange(32, device=x.device)
+        rows, columns = offsets[:, :1] + at, offsets[:, 1:] + torch.where(flips[:, None], 31 - at, at)
+        cropped = padded[torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
+        return cropped.permute(0, 3, 1, 2).float().div_(255)
+
+    drawn = draw()
+    return Case(draw, plain, lambda *v: augment(*v, 4), nbytes(*drawn) + 4 * drawn[0].numel())
+
+
+CASES = {"afd_loss": afd_case, "attack_head": head_case, "kl_loss": kl_case}
+PIXELS = {"linf_step": step_case, "augment": augment_case}
+TABLE = [(name, size) for name in CASES for size in SIZES] + [(name, "32x32 images") for name in PIXELS]
+
+
+def measure(benchmark: Any, function: Callable[..., Any], inputs: list[tuple[Any, ...]], moved: int) -> None:
+    """Time `function` over the input sets; the time of a round is that of all of them."""
+
+    def round_of_calls() -> None:
+        for drawn in inputs:
+            function(*drawn)
+
+    warm = 3
+    if DEVICE == "cuda":
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(warm):
+                round_of_calls()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            round_of_calls()
+        start = torch.cuda.Event(enable_timing=True)
+        start.record()
+
+        def device_seconds() -> float:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+            now.synchronize()
+            return start.elapsed_time(now) / 1e3
+
+        benchmark._timer = device_seconds
+        round_of_calls = graph.replay
+    benchmark.extra_info |= {"calls": len(inputs), "bytes": moved}
+    benchmark.pedantic(round_of_calls, rounds=50 if DEVICE == "cuda" else 20, iterations=1, warmup_rounds=warm)
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled", "ours"])
+@pytest.mark.parametrize("name, size", TABLE)
+def test_operation(name: str, size: str, form: str, benchmark: Any) -> None:
+    torch.manual_seed(0)
+    case = (CASES | PIXELS)[name](size)
+    function = case.ours if form == "ours" else case.plain
+    if form == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True)
+    benchmark.extra_info |= {"operation": name, "size": size, "form": form}
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        measure(benchmark, function, [case.draw() for _ in range(CALLS)], case.moved)
+
+
+def test_copy(benchmark: Any) -> None:
+    """The bandwidth that a copy of large tensors reaches: what the others are held against."""
+    pairs = [tuple(torch.rand(2**26 if DEVICE == "cuda" else 2**24, device=DEVICE) for _ in range(2)) for _ in range(2)]
+    benchmark.extra_info |= {"operation": "copy", "size": "float32", "form": "eager"}
+    measure(benchmark, lambda a, b: b.copy_(a), pairs, 2 * nbytes(pairs[0][0]))
