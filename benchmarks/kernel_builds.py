@@ -222,7 +222,8 @@ def main() -> int:
             builds = list(pool.map(build, *zip(*wanted), chunksize=4))
     print(table(builds))
     versions = {"triton": triton.__version__, "torch": torch.__version__, "date": str(date.today())}
-    out.write_text(json.dumps(versions | {"builds": [asdict(found) for found in builds]}, indent=0) + "\n")
+    lines = ",\n".join(json.dumps(asdict(found)) for found in builds)  # a line each, for the sake of diffs
+    out.write_text(json.dumps(versions)[:-1] + f', "builds": [\n{lines}\n]}}\n')
     for line in (found := complaints(builds)):
         print(line)
     print(f"{len(builds)} builds, {len(found)} complaints; all of them in {out}")

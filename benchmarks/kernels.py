@@ -57,7 +57,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     device = device_name()
-    default = HERE / "results" / f"kernels-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()) if torch.cuda.is_available() else "cpu"
+    default = HERE / "results" / f"kernels-{name}.json"
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")
     out = parser.parse_args().out

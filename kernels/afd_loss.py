@@ -18,9 +18,9 @@ any autocast. 1/B enters after the products, so that fp16 rows do not underflow.
 
 Three launches and no synchronisation: `_project`, one of the row kernels, and in the backward `_gradients`. With
 16-bit operands and up to 128 classes the logits stay inside the row kernel; otherwise they and dz W are library
-products (in fp32 as exact as `torch.backends.cuda.matmul` is told to be). Least bytes (n a value's size): 3BD + 6DD +
-4CD + 2BC values; in a step of ResNet-18 (B=128, D=512, C=10, bf16, fp32 parameters) 6.9 MB, nearly all of it D1, D2
-and their gradients.
+products (in fp32 as exact as `torch.backends.cuda.matmul` is told to be). Least values to move: 3BD of features and
+their gradient, 4DD + 2CD of parameters and theirs, BC logits; for ResNet-18 (B=128, D=512, C=10, bf16 features, fp32
+parameters) 4.6 MB, nearly all of it D1, D2 and their gradients.
 """
 
 from __future__ import annotations
@@ -108,38 +108,32 @@ def afd_loss_reference(
     z1, z2 = F.linear(f1, w, b).to(wide), F.linear(f2, w, b).to(wide)
     wrong = z1.scatter(1, y[:, None], float("-inf")).argmax(dim=1)  # y' of Eq. 3
     u, v, teacher = f1.to(wide), f2.to(wide), t.to(wide)
+    iu, iv, it = (_inverse_length(vectors) for vectors in (u, v, teacher))
+    cos_f2, cos_t = (u * v).sum(1, keepdim=True) * iu * iv, (u * teacher).sum(1, keepdim=True) * iu * it
 
     confused = F.cross_entropy(z2, wrong)  # Eq. 3
-    exclusion = -angular_distance(u, v)  # Eq. 4
+    exclusion = -(1 - cos_f2).mean()  # Eq. 4
     cross_entropy = F.cross_entropy(z1, y)
-    alignment = angular_distance(u, teacher)
+    alignment = (1 - cos_t).mean()
     total = alpha * confused + beta * exclusion + cross_entropy + gamma * alignment  # Eq. 5, 6
     losses = torch.stack([total, confused, exclusion, cross_entropy, alignment])
 
     dz1 = (z1.softmax(1) - F.one_hot(y, len(w))).to(g.dtype)
     dz2 = (z2.softmax(1) - F.one_hot(wrong, len(w))).to(g.dtype)
-    df1 = (dz1 @ w).to(wide) + beta * _cosine_slope(u, v) - gamma * _cosine_slope(u, teacher)
-    df2 = alpha * (dz2 @ w).to(wide)
-    df = torch.stack([df1, df2]).to(g.dtype)
+    slope = beta * iu * (v * iv - cos_f2 * u * iu) - gamma * iu * (teacher * it - cos_t * u * iu)
+    df = torch.stack([(dz1 @ w).to(wide) + slope, alpha * (dz2 @ w).to(wide)]).to(g.dtype)
     return losses, z1, wrong, torch.stack([f1, f2]), df, torch.stack([dz1, dz2])
 
 
 def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """Mean over the batch of 1 - cos(u_i, v_i): (B,D), (B,D) -> scalar. A zero vector has distance 1 to everything."""
-    return (1 - (_unit(u) * _unit(v)).sum(1)).mean()
+    return (1 - (u * _inverse_length(u) * v * _inverse_length(v)).sum(1)).mean()
 
 
-def _unit(u: Tensor) -> Tensor:
+def _inverse_length(u: Tensor) -> Tensor:
+    """1/|u_i|, 0 for a vector without length: (B,D) -> (B,1)."""
     length = u.norm(dim=1, keepdim=True)
-    return torch.where(length < SHORTEST, 0.0, u / length.clamp_min(SHORTEST))
-
-
-def _cosine_slope(u: Tensor, v: Tensor) -> Tensor:
-    """d cos(u_i, v_i) / d u_i: (B,D), (B,D) -> (B,D)."""
-    towards, along = _unit(v), _unit(u)
-    across = towards - (towards * along).sum(1, keepdim=True) * along
-    length = u.norm(dim=1, keepdim=True)
-    return torch.where(length < SHORTEST, 0.0, across / length.clamp_min(SHORTEST))
+    return torch.where(length < SHORTEST, 0.0, 1 / length.clamp_min(SHORTEST))
 
 
 @jit()
@@ -154,8 +148,8 @@ def _cross_entropy(z, target, c):
 
 
 @jit()
-def _inverse_length(squared):
-    # 1/|u|, 0 for a vector without length
+def _rsqrt(squared):
+    # 1/|u| of |u|^2, 0 for a vector without length
     return tl.where(squared < 1e-16, 0.0, 1.0 / tl.sqrt_rn(tl.maximum(squared, 1e-16)))
 
 
@@ -231,7 +225,7 @@ def _rows(
     tl.store(dz + B * C + of_class, dz2, mask=classes)
     tl.store(wrong + row, other.to(tl.int64), mask=row < B)
 
-    iu, iv, it = _inverse_length(uu), _inverse_length(vv), _inverse_length(tt)
+    iu, iv, it = _rsqrt(uu), _rsqrt(vv), _rsqrt(tt)
     cos_f2, cos_t = uv * iu * iv, ut * iu * it
     of_v, of_t = beta * iu * iv, -gamma * iu * it  # df1 = dz1 W + of_v f2 + of_t t + of_u f1
     of_u = (gamma * cos_t - beta * cos_f2) * iu * iu
@@ -290,8 +284,8 @@ def _rows_of_logits(
     tl.store(dz + B * C + of_class, dz2.to(dz.dtype.element_ty), mask=classes)
     tl.store(wrong + row, other.to(tl.int64), mask=row < B)
 
-    iu, iv = _inverse_length(tl.sum(uu, axis=1)), _inverse_length(tl.sum(vv, axis=1))
-    it = _inverse_length(tl.sum(tt, axis=1))
+    iu, iv = _rsqrt(tl.sum(uu, axis=1)), _rsqrt(tl.sum(vv, axis=1))
+    it = _rsqrt(tl.sum(tt, axis=1))
     cos_f2, cos_t = tl.sum(uv, axis=1) * iu * iv, tl.sum(ut, axis=1) * iu * it
     of_v, of_t = beta * iu * iv, -gamma * iu * it
     of_u = (gamma * cos_t - beta * cos_f2) * iu * iu
@@ -309,12 +303,18 @@ def _rows_of_logits(
 
 def rows_tile(classes: int, width: int) -> dict[str, int]:
     """Rows, padded classes and features that a program of `_rows` holds at a time."""
-    return {"BM": 16, "CP": 16 if classes <= 16 and width % 16 == 0 else INSIDE, "BD": 64, "num_warps": 8}
+    return {
+        "BM": 16,
+        "CP": 16 if classes <= 16 and width % 16 == 0 else INSIDE,
+        "BD": 64,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
 def logits_tile(classes: int) -> dict[str, int]:
     """The same of `_rows_of_logits`."""
-    return {"BM": 1, "CP": 256 if classes <= 256 else power_of_two(classes, 1024), "BD": 256, "num_warps": 4}
+    return {"BM": 1, "CP": power_of_two(classes, 1024), "BD": 256, "num_warps": 4}
 
 
 @outside_autocast

@@ -136,19 +136,21 @@ def _gradients(
             tl.store(dd1 + at, acc.to(dd1.dtype.element_ty), mask=inside)
     else:
         m = (tile - down - 2 * deep) * BM + tl.arange(0, BM)
-        acc = _outer(dz, f, m, n, B, C, D, BK)
-        acc += classifier_alpha * _outer(dz + B * C, f + B * D, m, n, B, C, D, BK)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for part in range(2):  # of f1, then of f2
+            share = tl.where(part == 0, 1.0, classifier_alpha)
+            acc += share * _outer(dz + part * B * C, f + part * B * D, m, n, B, C, D, BK)
         inside = (m < C)[:, None] & (n < D)[None, :]
         tl.store(dw + m[:, None] * D + n[None, :], (scale * acc).to(dw.dtype.element_ty), mask=inside)
         if tl.program_id(0) % across == 0:
             total = tl.zeros((BM,), tl.float32)
-            for start in range(0, B, BK):
-                k = start + tl.arange(0, BK)
-                of_class = k[None, :] * C + m[:, None]
-                exists = (m < C)[:, None] & (k < B)[None, :]
-                total += tl.sum(tl.load(dz + of_class, mask=exists, other=0.0).to(tl.float32), axis=1)
-                of_f2 = tl.load(dz + B * C + of_class, mask=exists, other=0.0).to(tl.float32)
-                total += classifier_alpha * tl.sum(of_f2, axis=1)
+            for part in range(2):
+                share = tl.where(part == 0, 1.0, classifier_alpha)
+                for start in range(0, B, BK):
+                    k = start + tl.arange(0, BK)
+                    exists = (m < C)[:, None] & (k < B)[None, :]
+                    rows = tl.load(dz + (part * B + k[None, :]) * C + m[:, None], mask=exists, other=0.0)
+                    total += share * tl.sum(rows.to(tl.float32), axis=1)
             tl.store(db + m, (scale * total).to(db.dtype.element_ty), mask=m < C)
 
 

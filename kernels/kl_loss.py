@@ -29,7 +29,7 @@ from fastafd.kernels.lazy import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE = 512  # logits a program and set
+TILE = 1024  # logits a program and set, at least a row
 
 
 def kl_loss(adversarial_logits: Tensor, natural_logits: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _gradients(grad, step, adversarial, natural, d_adversarial, d_natural, B, C,
 
 def _tile(classes: int) -> tuple[int, int]:
     """Rows and padded classes of a program."""
-    padded = 128 if classes <= 128 else power_of_two(classes, 1024)
+    padded = power_of_two(classes, 1024)
     return max(1, TILE // padded), padded
 
 
