@@ -15,8 +15,12 @@ $(STAMP): pyproject.toml constraints.txt setup.sh
 train: $(STAMP)
 	$(BIN)/python -m fastafd.train $(or $(ARGS),--recipe digits)
 
+# Without ARGS everything: also the kernels under Triton's interpreter, which needs processes of its own.
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+ifndef ARGS
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_kernel_numerics.py
+endif
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

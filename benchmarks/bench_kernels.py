@@ -180,7 +180,7 @@ def measure(benchmark: Any, function: Callable[..., Any], inputs: list[tuple[Any
         benchmark._timer = device_seconds
         round_of_calls = graph.replay
     benchmark.extra_info |= {"calls": len(inputs), "bytes": moved}
-    benchmark.pedantic(round_of_calls, rounds=50 if DEVICE == "cuda" else 20, iterations=1, warmup_rounds=warm)
+    benchmark.pedantic(round_of_calls, rounds=100, iterations=1, warmup_rounds=warm)
 
 
 @pytest.mark.parametrize("form", ["eager", "compiled", "ours"])

@@ -116,11 +116,11 @@ def noted() -> Iterator[set[Launch]]:
     def note(kernel: Kernel, grid: tuple[int, ...]) -> Any:
         return lambda *operands, **named: found.add(launch_of(kernel, operands, named))
 
-    Kernel.__getitem__ = note  # type: ignore[method-assign]
+    Kernel.__getitem__ = note
     try:
         yield found
     finally:
-        Kernel.__getitem__ = whole  # type: ignore[method-assign]
+        Kernel.__getitem__ = whole
 
 
 def launches() -> list[Launch]:
@@ -180,8 +180,9 @@ def build(launch: Launch, chip: int) -> Build:
     return Build(str(launch), name, chip, int(registers), spills, compiled.metadata.shared, tf32)
 
 
-def table(builds: list[Build]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Of each kernel and chip the most registers, shared memory and spills of any variant, as Markdown."""
+    builds = [Build(**row) for row in rows]
     kernels = sorted({found.kernel for found in builds})
     lines = [
         "| kernel | builds | " + " | ".join(f"sm_{chip}" for chip in CHIPS) + " |",
@@ -197,6 +198,11 @@ def table(builds: list[Build]) -> str:
         count = sum(found.kernel == kernel for found in builds)
         lines.append(f"| {kernel} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was compiled with what, and when."""
+    return f"{len(found['rows'])} builds by Triton {found['triton']}, {found['date']}."
 
 
 def complaints(builds: list[Build]) -> list[str]:
@@ -220,14 +226,14 @@ def main() -> int:
         wanted = list(product(launches(), CHIPS))
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             builds = list(pool.map(build, *zip(*wanted), chunksize=4))
-    print(table(builds))
-    versions = {"triton": triton.__version__, "torch": torch.__version__, "date": str(date.today())}
-    lines = ",\n".join(json.dumps(asdict(found)) for found in builds)  # a line each, for the sake of diffs
-    out.write_text(json.dumps(versions)[:-1] + f', "builds": [\n{lines}\n]}}\n')
-    for line in (found := complaints(builds)):
-        print(line)
-    print(f"{len(builds)} builds, {len(found)} complaints; all of them in {out}")
-    return bool(found)
+    found = {"triton": triton.__version__, "date": str(date.today()), "rows": [asdict(built) for built in builds]}
+    lines = ",\n".join(json.dumps(row) for row in found["rows"])  # a line each, for the sake of diffs
+    head = json.dumps({name: value for name, value in found.items() if name != "rows"})
+    out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
+    said = complaints(builds)
+    print("\n".join([table(found["rows"]), "", about(found), *said]))
+    print(f"{len(said)} complaints; every build is in {out}")
+    return bool(said)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def about(found: dict[str, Any]) -> str:
+    """What was measured on what, and when."""
+    return f"{found['device']}, PyTorch {found['torch']}, {found['date']}."
+
+
 def main() -> int:
     device = device_name()
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()) if torch.cuda.is_available() else "cpu"
@@ -69,10 +74,9 @@ def main() -> int:
         if done.returncode:
             return 1
         rows = rows_of(json.loads(found.read_text())["benchmarks"])
-    about = {"device": device, "torch": torch.__version__, "date": str(date.today()), "batch": 128}
-    out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    print(table(rows))
-    print(f"{device}, PyTorch {torch.__version__}, {date.today()}; all of it in {out}")
+    result = {"device": device, "torch": torch.__version__, "date": str(date.today()), "batch": 128, "rows": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{table(rows)}\n\n{about(result)}\nall of it in {out}")
     return 0
 
 

@@ -104,9 +104,9 @@ def _head(
 def tile_of(classes: int, width: int) -> dict[str, int]:
     """Pixels, padded classes and features that a program holds at a time."""
     if classes <= 16 and width % 16 == 0:
-        return {"BP": 16, "CP": 16, "BD": 128, "num_warps": 8}
+        return {"BP": 16, "CP": 16, "BD": 64, "num_warps": 4}
     if classes <= 256:
-        return {"BP": 16, "CP": 256, "BD": 32, "num_warps": 8}
+        return {"BP": 16, "CP": 256, "BD": 16, "num_warps": 8}
     return {"BP": 16, "CP": power_of_two(classes, 1024), "BD": 8, "num_warps": 16}
 
 

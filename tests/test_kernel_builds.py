@@ -32,7 +32,7 @@ def test_every_kernel_builds_for_every_chip_without_spills(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernel_builds", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    builds = json.loads(out.read_text())["builds"]
+    builds = json.loads(out.read_text())["rows"]
     assert {(found["kernel"], found["chip"]) for found in builds} == {(k, chip) for k in KERNELS for chip in CHIPS}
     assert not any(found["spills"] or found["tf32"] for found in builds)
     assert all(0 < found["registers"] <= 255 for found in builds)

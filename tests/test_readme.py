@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -17,6 +18,20 @@ def test_results_table_is_the_committed_measurements(monkeypatch):
     from benchmarks.table import table
 
     assert f"<!-- results: python -m benchmarks.table -->\n{table()}\n<!-- end of results -->" in README
+
+
+NOTES = (ROOT / "benchmarks" / "NOTES.md").read_text()
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- end of (.*) -->", NOTES))
+def test_tables_of_the_notes_are_the_committed_measurements(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import kernel_builds, kernels
+
+    of = kernels if name.startswith("kernels-") else kernel_builds
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    command = f"<!-- {name}: python -m {of.__name__} -->"
+    assert f"{command}\n{of.table(found['rows'])}\n\n{of.about(found)}\n<!-- end of {name} -->" in NOTES
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
