@@ -1,8 +1,9 @@
 """Each operation of `fastafd.kernels` as a user would write it, the same compiled, and ours; run by benchmarks.kernels.
 
-On CUDA a round is one replay of a graph of CALLS calls on as many input sets, timed with device events, so that neither
-launches nor a warm cache flatter anybody; on a CPU it is CALLS calls, and ours is the reference behind the operation.
-Losses are timed with their gradients. The bytes are the least that must move: each input once, each output once.
+On CUDA a round is one replay of a graph of CALLS calls on as many input sets, timed with device events, so that
+launches do not count and the larger operations find no warm cache; on a CPU it is CALLS calls, and ours is the
+reference behind the operation. Losses are timed with their gradients. The bytes are the least that must move: each
+input once, each output once.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def head_case(size: str) -> Case:
 
     def draw() -> tuple[Any, ...]:
         a = normal(BATCH, width, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
-        return a, labels(classes), normal(classes, width) / width**0.5, normal(classes)
+        weight = normal(classes, width, dtype=torch.float32) / width**0.5
+        return a, labels(classes), weight, normal(classes, dtype=torch.float32)
 
     def plain(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        z = F.linear(a.relu().mean((2, 3)), w, b).float()
+        z = F.linear(a.relu().mean((2, 3)), w.to(a.dtype), b.to(a.dtype)).float()
         return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), a)[0]
 
     a, y, w, b = draw()
@@ -149,6 +151,12 @@ def augment_case(size: str) -> Case:
 CASES = {"afd_loss": afd_case, "attack_head": head_case, "kl_loss": kl_case}
 PIXELS = {"linf_step": step_case, "augment": augment_case}
 TABLE = [(name, size) for name in CASES for size in SIZES] + [(name, "32x32 images") for name in PIXELS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a CPU: two threads that wait for each other measure whatever else the machine does."""
+    torch.set_num_threads(1)
 
 
 def measure(benchmark: Any, function: Callable[..., Any], inputs: list[tuple[Any, ...]], moved: int) -> None:

@@ -45,7 +45,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -141,7 +141,7 @@ def launches() -> list[Launch]:
                 w, b = empty(classes, width, dtype=parameters), empty(classes, dtype=parameters)
                 *_, f, df, dz = afd_loss.afd_loss_fused(g, g, y, d, d, w, b, 0.05, 0.25, 25.0, 0.0)
                 products.afd_gradients_fused(empty(1), g, d, w, f, df, dz, 0.0)
-            w, b = empty(classes, width, dtype=dtype), empty(classes, dtype=dtype)
+            w, b = empty(classes, width), empty(classes)
             image = empty(4, width, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
             attack_head.attack_head_fused(image, y, w, b)
             attack_head.attack_head_fused(empty(4, width, dtype=dtype), y, w, b)

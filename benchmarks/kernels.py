@@ -26,11 +26,11 @@ HERE = Path(__file__).parent
 
 
 def device_name() -> str:
-    """The GPU, or the CPU and how many threads PyTorch uses."""
+    """The GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{models[0] if models else platform.machine()}, one thread"
 
 
 def rows_of(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 The folder `kernels/` is the package `fastafd.kernels`; importing it touches neither CUDA nor triton. Every operation is
 a `torch.library.custom_op`: Triton on CUDA, the reference on a CPU, for float64 and where Triton is missing; all work
-under `torch.compile(fullgraph=True)`, inside a CUDA graph, and without waiting for the device.
+under `torch.compile(fullgraph=True)`, and none reads anything back from the device.
 """
 
 from fastafd.kernels.afd_loss import AFDLoss, afd_loss

@@ -14,13 +14,14 @@
 
 k is `classifier_alpha`: in the released code L1 reaches the shared classifier as well; it changes no value. Operands
 are of the features' type, products accumulate in fp32, losses and cosines are fp32 (float64 stays float64), outside
-any autocast. 1/B enters after the products, so that fp16 rows do not underflow.
+any autocast. 1/B enters after the products, so that fp16 rows do not underflow; in fp16 gamma / |f1| must stay below
+65504, and beyond 128 classes 16-bit logits are rounded to their type.
 
-Three launches and no synchronisation: `_project`, one of the row kernels, and in the backward `_gradients`. With
-16-bit operands and up to 128 classes the logits stay inside the row kernel; otherwise they and dz W are library
-products (in fp32 as exact as `torch.backends.cuda.matmul` is told to be). Least values to move: 3BD of features and
-their gradient, 4DD + 2CD of parameters and theirs, BC logits; for ResNet-18 (B=128, D=512, C=10, bf16 features, fp32
-parameters) 4.6 MB, nearly all of it D1, D2 and their gradients.
+Three launches besides library products, and no synchronisation: `_project`, one of the row kernels, and in the
+backward `_gradients`. With 16-bit operands and up to 128 classes the logits stay inside the row kernel; otherwise they
+and dz W are library products (in fp32 as exact as `torch.backends.cuda.matmul` is told to be). Least values to move:
+3BD of features and their gradient, 4DD + 2CD of parameters and theirs, BC logits; for ResNet-18 (B=128, D=512, C=10,
+bf16 features, fp32 parameters) 4.6 MB, nearly all of it D1, D2 and their gradients.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def afd_loss(
     _check(features, teacher_features, labels, *parameters)
     teacher_features = teacher_features.detach().to(features.dtype)
     weights = (float(alpha), float(beta), float(gamma), float(classifier_alpha))
-    losses, logits, wrong, *_ = _afd_loss(features, teacher_features, labels, *parameters, *weights)
+    total, terms, logits, wrong, *_ = _afd_loss(features, teacher_features, labels, *parameters, *weights)
     names = ("confused", "exclusion", "cross_entropy", "alignment")
-    return AFDLoss(losses[0], dict(zip(names, losses.detach()[1:].unbind())), logits.detach(), wrong)
+    return AFDLoss(total, dict(zip(names, terms.detach().unbind())), logits.detach(), wrong)
 
 
-# What the operation returns: losses (5,), the total and the terms; logits (B,C) of f1; y' (B,); then for the backward,
-# in the features' type: f, f1 and f2 (2,B,D); df, B times the gradients of f1 and f2 (2,B,D); dz1 and dz2 (2,B,C).
-Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# What the operation returns: the total; its terms (4,); logits (B,C) of f1; y' (B,); then for the backward, in the
+# features' type: f, f1 and f2 (2,B,D); df, B times the gradients of f1 and f2 (2,B,D); dz1 and dz2 (2,B,C).
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @outside_autocast
@@ -116,13 +117,13 @@ def afd_loss_reference(
     cross_entropy = F.cross_entropy(z1, y)
     alignment = (1 - cos_t).mean()
     total = alpha * confused + beta * exclusion + cross_entropy + gamma * alignment  # Eq. 5, 6
-    losses = torch.stack([total, confused, exclusion, cross_entropy, alignment])
+    terms = torch.stack([confused, exclusion, cross_entropy, alignment])
 
     dz1 = (z1.softmax(1) - F.one_hot(y, len(w))).to(g.dtype)
     dz2 = (z2.softmax(1) - F.one_hot(wrong, len(w))).to(g.dtype)
     slope = beta * iu * (v * iv - cos_f2 * u * iu) - gamma * iu * (teacher * it - cos_t * u * iu)
     df = torch.stack([(dz1 @ w).to(wide) + slope, alpha * (dz2 @ w).to(wide)]).to(g.dtype)
-    return losses, z1, wrong, torch.stack([f1, f2]), df, torch.stack([dz1, dz2])
+    return total, terms, z1, wrong, torch.stack([f1, f2]), df, torch.stack([dz1, dz2])
 
 
 def angular_distance(u: Tensor, v: Tensor) -> Tensor:
@@ -154,8 +155,9 @@ def _rsqrt(squared):
 
 
 @jit()
-def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B):
-    # per row: the terms; partial (programs,4) scratch; done (1); losses (5) out, by the last program in a fixed order
+def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, total, terms, alpha, beta, gamma, B):
+    # per row: the terms; partial (programs,4) scratch; done (1); out: total (1), terms (4), by the last program in a
+    # fixed order
     mine = partial + 4 * tl.program_id(0)
     tl.store(mine, tl.sum(tl.where(inside, confused, 0.0)))
     tl.store(mine + 1, tl.sum(tl.where(inside, cos_f2 - 1, 0.0)))
@@ -173,17 +175,17 @@ def _finish(inside, confused, cos_f2, cross_entropy, cos_t, partial, done, losse
             )
         sums /= B
         weight = tl.where(term == 0, alpha, tl.where(term == 1, beta, tl.where(term == 2, 1.0, gamma)))
-        tl.store(losses, tl.sum(weight * sums))
-        tl.store(losses + 1 + term, sums)
+        tl.store(total, tl.sum(weight * sums))
+        tl.store(terms + term, sums)
 
 
 @jit("B", "C")
 def _rows(
-    f, t, y, w, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
+    f, t, y, w, b, df, dz, logits, wrong, partial, done, total, terms, alpha, beta, gamma, B, C, D,
     BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # f (2,B,D); t (B,D); y int64 (B); w (C,D) and b (C) in f's type; out: df (2,B,D), dz (2,B,C), logits fp32 (B,C),
-    # wrong int64 (B), losses fp32 (5); partial, done: see _finish
+    # wrong int64 (B), total fp32 (1), terms fp32 (4); partial, done: see _finish
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, CP)
     z1 = tl.zeros((BM, CP), tl.float32)
@@ -215,6 +217,7 @@ def _rows(
     z2 += bias[None, :]
     label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
     other = tl.argmax(tl.where(c[None, :] == label[:, None], -float("inf"), z1), axis=1)
+    other = tl.minimum(other, C - 1)  # beyond the classes only where logits are NaN
     cross_entropy, dz1 = _cross_entropy(z1, label, c)
     confused, dz2 = _cross_entropy(z2, other, c)
     dz1, dz2 = dz1.to(dz.dtype.element_ty), dz2.to(dz.dtype.element_ty)
@@ -241,12 +244,12 @@ def _rows(
         df2 = alpha * tl.dot(dz2, wk)
         tl.store(df + at, df1.to(df.dtype.element_ty), mask=inside)
         tl.store(df + B * D + at, df2.to(df.dtype.element_ty), mask=inside)
-    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
+    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, total, terms, alpha, beta, gamma, B)
 
 
 @jit("B", "C")
 def _rows_of_logits(
-    f, t, y, z, b, df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, B, C, D,
+    f, t, y, z, b, df, dz, logits, wrong, partial, done, total, terms, alpha, beta, gamma, B, C, D,
     BM: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # as _rows, without products, from z (2,B,C), the logits without bias; of df only df1 less dz1 W
@@ -277,6 +280,7 @@ def _rows_of_logits(
     z2 = tl.load(z + B * C + of_class, mask=classes, other=0.0).to(tl.float32) + bias[None, :]
     label = tl.load(y + row, mask=row < B, other=0).to(tl.int32)
     other = tl.argmax(tl.where(c[None, :] == label[:, None], -float("inf"), z1), axis=1)
+    other = tl.minimum(other, C - 1)  # beyond the classes only where logits are NaN
     cross_entropy, dz1 = _cross_entropy(z1, label, c)
     confused, dz2 = _cross_entropy(z2, other, c)
     tl.store(logits + of_class, z1, mask=classes)
@@ -298,7 +302,7 @@ def _rows_of_logits(
         p = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
         df1 = of_v[:, None] * v + of_t[:, None] * p + of_u[:, None] * u
         tl.store(df + at, df1.to(df.dtype.element_ty), mask=inside)
-    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, losses, alpha, beta, gamma, B)
+    _finish(row < B, confused, cos_f2, cross_entropy, cos_t, partial, done, total, terms, alpha, beta, gamma, B)
 
 
 def rows_tile(classes: int, width: int) -> dict[str, int]:
@@ -337,11 +341,11 @@ def afd_loss_fused(
     (batch, width), classes = g.shape, len(w)
     df, dz = torch.empty_like(f), g.new_empty(2, batch, classes)
     logits = torch.empty(batch, classes, device=g.device)
-    wrong, losses = torch.empty_like(y), torch.empty(5, device=g.device)
+    wrong, total, terms = torch.empty_like(y), logits.new_empty(()), logits.new_empty(4)
     inside = g.dtype != torch.float32 and classes <= INSIDE
     tile = rows_tile(classes, width) if inside else logits_tile(classes)
     partial = torch.empty(cdiv(batch, tile["BM"]), 4, device=g.device)
-    out = (df, dz, logits, wrong, partial, done, losses, alpha, beta, gamma, batch, classes, width)
+    out = (df, dz, logits, wrong, partial, done, total, terms, alpha, beta, gamma, batch, classes, width)
     with torch.cuda.device_of(g):
         if inside:
             _rows[(len(partial),)](f, t, y, w, b, *out, **tile)
@@ -350,7 +354,7 @@ def afd_loss_fused(
             _rows_of_logits[(len(partial),)](f, t, y, z, b, *out, **tile)
             df[0].addmm_(dz[0], w)
             torch.addmm(df[1], dz[1], w, beta=0, alpha=alpha, out=df[1])
-    return losses, logits, wrong, f, df, dz
+    return total, terms, logits, wrong, f, df, dz
 
 
 @torch.library.custom_op("fastafd::afd_loss", mutates_args=(), device_types="cpu")
@@ -366,7 +370,7 @@ def _afd_loss(
     beta: float,
     gamma: float,
     classifier_alpha: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return afd_loss_reference(g, t, y, d1, d2, w, b, alpha, beta, gamma, classifier_alpha)
 
 
@@ -375,17 +379,21 @@ def _(g, t, y, d1, d2, w, b, alpha, beta, gamma, classifier_alpha):
     (batch, width), classes, wide = g.shape, len(w), torch.promote_types(g.dtype, torch.float32)
     logits = g.new_empty(batch, classes, dtype=wide)
     f, dz = g.new_empty(2, batch, width), g.new_empty(2, batch, classes)
-    return g.new_empty(5, dtype=wide), logits, torch.empty_like(y), f, torch.empty_like(f), dz
+    return logits.new_empty(()), logits.new_empty(4), logits, torch.empty_like(y), f, torch.empty_like(f), dz
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Rows) -> None:
-    g, _, _, d1, _, w, ctx.bias, *_, ctx.classifier_alpha = inputs
-    ctx.save_for_backward(g, d1, w, *output[3:])
+    g, _, _, d1, _, w, b, *_, ctx.classifier_alpha = inputs
+    ctx.has_bias = b is not None
+    ctx.set_materialize_grads(False)  # of the other results, which have none: each would be filled with zeros
+    ctx.save_for_backward(g, d1, w, *output[4:])
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    dg, dd1, dd2, dw, db = afd_gradients(grad[:1], *ctx.saved_tensors, ctx.classifier_alpha)
-    return dg, None, None, dd1, dd2, dw, None if ctx.bias is None else db, None, None, None, None
+def _backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return 11 * (None,)
+    dg, dd1, dd2, dw, db = afd_gradients(grad, *ctx.saved_tensors, ctx.classifier_alpha)
+    return dg, None, None, dd1, dd2, dw, db if ctx.has_bias else None, None, None, None, None
 
 
 _afd_loss.register_autograd(_backward, setup_context=_save)
@@ -407,6 +415,8 @@ def _check(g: Tensor, t: Tensor, y: Tensor, d1: Tensor, d2: Tensor, w: Tensor, b
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, takes {shape} for features {tuple(g.shape)}")
+    if batch == 0:
+        raise ValueError("features: the mean over an empty batch is undefined")
     if classes < 2:
         raise ValueError("classifier_weight: a wrong class needs at least two classes")
     if y.dtype != torch.int64:

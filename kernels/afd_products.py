@@ -107,8 +107,8 @@ def _gradients(
     grad, g, d1, f, df, dz, dg, dd1, dd2, dw, db, classifier_alpha, B, C, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # grad fp32 (1); g (B,D), d1 (D,D), f (2,B,D), df (2,B,D), dz (2,B,C); out: dg (B,D), dd1 and dd2 (D,D), dw (C,D),
-    # db (C). A program is one tile of one product; those of dg, which are the longest, come first.
+    # grad fp32, one value; g (B,D), d1 (D,D), f (2,B,D), df (2,B,D), dz (2,B,C); out: dg (B,D), dd1 and dd2 (D,D),
+    # dw (C,D), db (C). A program is one tile of one product; those of dg, which are the longest, come first.
     scale = tl.load(grad).to(tl.float32) / B
     across = tl.cdiv(D, BN)
     tile = tl.program_id(0) // across
@@ -158,7 +158,7 @@ def afd_gradients_fused(
     grad: Tensor, g: Tensor, d1: Tensor, w: Tensor, f: Tensor, df: Tensor, dz: Tensor, classifier_alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`afd_gradients_reference` by the kernel."""
-    g, d1 = packed(g), packed(d1)
+    grad, g, d1, f, df, dz = (packed(operand) for operand in (grad, g, d1, f, df, dz))
     (batch, width), classes = g.shape, len(w)
     found = torch.empty_like(g), torch.empty_like(d1), torch.empty_like(d1), w.new_empty(w.shape), w.new_empty(classes)
     tile = gradients_tile(g.dtype)

@@ -45,14 +45,15 @@ def augment_reference(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -
     columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - column, column)  # (B,W), the crop read backwards
     images = torch.arange(batch, device=x.device)
     cropped = padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2).to(torch.float32).div_(255)  # the permuted view is channels_last already
+    pixels = cropped.permute(0, 3, 1, 2).to(torch.float32)  # the permuted view is channels_last already
+    return pixels.div_(torch.full((), 255.0, device=x.device))  # CUDA would multiply by 1/255 were this a number
 
 
 @jit("height", "width", "padding")
 def _crop_flip(x, offsets, flips, out, height, width, padding, BLOCK: tl.constexpr):
     # x uint8 and out float32: (B,height,width,3); offsets int64 (B,2); flips bool (B)
-    image = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pixel, channel = at // 3, at % 3
     i, j = pixel // width, pixel % width
     row = i + (tl.load(offsets + 2 * image).to(tl.int32) - padding)
@@ -70,7 +71,7 @@ def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Te
     batch, height, width, _ = x.shape
     out = torch.empty(batch, height, width, 3, device=x.device)
     with torch.cuda.device_of(x):
-        grid = (cdiv(height * width * 3, BLOCK), batch)
+        grid = (batch, cdiv(height * width * 3, BLOCK))
         _crop_flip[grid](x, offsets, flips, out, height, width, padding, BLOCK=BLOCK)
     return out.permute(0, 3, 1, 2)
 

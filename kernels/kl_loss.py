@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastafd.kernels.lazy import (
     TYPES,
+    aligned,
     cdiv,
     differentiable_once,
     jit,
@@ -129,6 +130,7 @@ def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tu
     found = torch.empty_like(adversarial), torch.empty_like(natural)
     bm, padded = _tile(classes)
     with torch.cuda.device_of(natural):
+        grad = aligned(grad)
         operands = (grad, grad.stride(0), adversarial, natural, *found, batch, classes)
         _gradients[(cdiv(batch, bm),)](*operands, BM=bm, CP=padded)
     return found

@@ -57,8 +57,11 @@ def _step(x_adv, grad, x, eps, step_size, n, BLOCK: tl.constexpr):
     image = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     stepped = tl.load(x_adv + at, mask=inside, other=0.0).to(tl.float32)
     stepped += step_size * ((slope > 0).to(tl.float32) - (slope < 0).to(tl.float32))
-    stepped = tl.minimum(tl.maximum(stepped, image - eps), image + eps)
-    tl.store(x_adv + at, tl.minimum(tl.maximum(stepped, 0.0), 1.0).to(x_adv.dtype.element_ty), mask=inside)
+    nan: tl.constexpr = tl.PropagateNan.ALL  # a pixel that is NaN stays so, as in the reference
+    stepped = tl.maximum(stepped, image - eps, propagate_nan=nan)
+    stepped = tl.minimum(stepped, image + eps, propagate_nan=nan)
+    stepped = tl.minimum(tl.maximum(stepped, 0.0, propagate_nan=nan), 1.0, propagate_nan=nan)
+    tl.store(x_adv + at, stepped.to(x_adv.dtype.element_ty), mask=inside)
 
 
 def linf_step_fused(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> None:

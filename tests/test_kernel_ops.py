@@ -54,19 +54,20 @@ def test_opcheck_afd_loss(dtype, classes, device):
         opcheck(OPS.afd_loss, (*held, 0.3, 0.7, 2.0, 0.1))
     *_, f, df, dz = OPS.afd_loss(*held, 0.3, 0.7, 2.0, 0.1)
     g, d1, w = held[0].detach(), held[3].detach(), held[5].detach()
-    slope = torch.ones(1, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    slope = torch.ones((), device=device, dtype=torch.promote_types(dtype, torch.float32))
     opcheck(OPS.afd_gradients, (slope, g, d1, w, f.detach(), df.detach(), dz.detach(), 0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_opcheck_of_the_others(dtype, device):
     g, _, y, _, _, w, b = (v.detach() for v in operands(device, dtype))
-    opcheck(OPS.attack_head, (g, y, w, b))
+    slope = torch.ones(6, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    opcheck(OPS.attack_head, (g, y, w.to(slope.dtype), b.to(slope.dtype)))
     activation = torch.randn(6, 48, 4, 4, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    opcheck(OPS.attack_head, (activation, y, w, b))
+    for a in (activation, activation.contiguous()):
+        opcheck(OPS.attack_head, (a, y, w.to(slope.dtype), None))
     z = [torch.randn(6, 10, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     opcheck(OPS.kl_rows, tuple(z))
-    slope = torch.ones(6, device=device, dtype=torch.promote_types(dtype, torch.float32))
     opcheck(OPS.kl_gradients, (slope, *(v.detach() for v in z)))
     opcheck(OPS.linf_step, (*pixels(device), 0.1, 0.02))
     opcheck(OPS.augment, (*images(device), 4))
@@ -143,6 +144,32 @@ def test_a_second_derivative_is_an_error_and_not_zero(name, device):
         first.sum().backward()
 
 
+class Launches(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operations that run, less those that only look at a tensor in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, operands=(), named=None):
+        if not function.is_view:
+            self.names.append(function.name())
+        return function(*operands, **(named or {}))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nothing_runs_beside_the_operations(bias):
+    """No casts, fills or copies around the two calls, which are three launches on a GPU; one of the attack's head."""
+    g, t, y, d1, d2, w, b = operands("cpu", bias=bias)
+    slope, low = torch.ones(()), g.detach().half()
+    with Launches() as launches:
+        out = afd_loss(g, t, y, d1, d2, w, b)
+        torch.autograd.grad(out.total, (g, d1, d2, w), slope)
+        attack_head(low, y, w, b)
+    names = [name for name in launches.names if name not in ("aten::detach", "aten::promote_types")]
+    assert names == ["fastafd::afd_loss", "fastafd::afd_gradients", "fastafd::attack_head"]
+
+
 def test_what_comes_beside_the_total_passes_no_gradient(device):
     g, t, y, d1, d2, w, b = operands(device)
     out = afd_loss(g, t, y, d1, d2, w, b)
@@ -188,6 +215,7 @@ def test_attack_head_is_the_gradient_that_pgd_needs(device):
         (lambda x: augment(x[0], x[2], x[2], 4), "x is torch.float32"),
         (lambda x: augment(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), x[2], x[2], 4), "offsets is"),
         (lambda x: afd_loss(x[0].half(), x[1], x[2], x[3].bfloat16(), *x[4:]), "d1_weight is torch.bfloat16"),
+        (lambda x: afd_loss(x[0][:0], x[1][:0], x[2][:0], *x[3:]), "empty batch"),
         (lambda x: afd_loss(x[0], x[1], x[2].int(), *x[3:]), "labels is torch.int32"),
     ],
 )
@@ -246,9 +274,11 @@ def test_no_operation_waits_for_the_device_and_all_can_be_captured(classes, dtyp
         z = F.linear(low.detach(), w.detach().to(dtype)).requires_grad_()
         of_kl = torch.autograd.grad(kl_loss(z, z.detach().flip(0)), z)
         linf_step(x_adv, grad, x_float, 0.1, 0.02)
-        return [out.total, *grads, *of_kl, attack_head(activation, y, w, b), augment(x, offsets, flips, 4)]
+        head = attack_head(activation, y, w, b)
+        return [out.total, *grads, *of_kl, head, augment(x, offsets, flips, 4), x_adv.clone()]
 
     call()  # compiles
+    x_adv.copy_(start)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -262,8 +292,8 @@ def test_no_operation_waits_for_the_device_and_all_can_be_captured(classes, dtyp
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
-    x_adv.copy_(start)
     for _ in range(3):  # the count of the row kernel starts anew every time
+        x_adv.copy_(start)
         graph.replay()
     torch.cuda.synchronize()
     for a, e in zip(captured, expected, strict=True):

@@ -15,7 +15,8 @@ from fastafd.kernels import augment
 def to_unit(x: Tensor) -> Tensor:
     """Images as the model takes them: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
     # (B,H,W,3) seen as (B,3,H,W) is channels_last already, and .to keeps the strides: no second copy.
-    return x.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    # By a tensor: CUDA would multiply by 1/255 were it a number, and the pixels be others than a CPU's.
+    return x.permute(0, 3, 1, 2).to(torch.float32).div_(torch.full((), 255.0, device=x.device))
 
 
 class Augment:
