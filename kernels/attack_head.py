@@ -111,7 +111,7 @@ def _layout(a: Tensor) -> torch.memory_format:
 def tile_of(classes: int, width: int) -> dict[str, int]:
     """Pixels, padded classes and features that a program holds at a time."""
     if classes <= 16 and width % 16 == 0:
-        return {"BP": 16, "CP": 16, "BD": 64, "num_warps": 4}
+        return {"BP": 16, "CP": 16, "BD": 64, "num_warps": 8}
     if classes <= 256:
         return {"BP": 16, "CP": 256, "BD": 16, "num_warps": 8}
     return {"BP": 16, "CP": power_of_two(classes, 1024), "BD": 8, "num_warps": 16}
