@@ -65,8 +65,8 @@ def large_tiles(request, monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__call__", call_once_patched)
     if "tiles_of_a_gpu" in request.node.name:
         return
-    monkeypatch.setattr(products, "project_tile", lambda dtype: {"BM": 128, "BN": 256, "BK": 512})
-    monkeypatch.setattr(products, "gradients_tile", lambda dtype: {"BM": 256, "BN": 256, "BK": 256})
+    monkeypatch.setattr(products, "project_tile", lambda dtype: {"BM": 128, "BN": 512, "BK": 512})
+    monkeypatch.setattr(products, "gradients_tile", lambda dtype: {"BM": 512, "BN": 512, "BK": 256})
     monkeypatch.setattr(kl, "TILE", 2**17)
     rows_tile, logits_tile, tile_of = afd.rows_tile, afd.logits_tile, head.tile_of
     monkeypatch.setattr(afd, "rows_tile", lambda *sizes: rows_tile(*sizes) | {"BD": 256})
@@ -300,7 +300,7 @@ def head_operands(shape, classes, dtype, generator):
 
 
 # A program is an image: to the interpreter a large batch is nothing but slow, so there it has two.
-LARGE = [(128, 640, 10), (128, 33, 2)]
+LARGE = [(128, 512, 10), (128, 33, 2)]
 HEADS = [case for case in product(BATCHES, WIDTHS, CLASSES) if not INTERPRETED or case[0] < 128 or case in LARGE]
 
 
