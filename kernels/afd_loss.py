@@ -100,7 +100,7 @@ def afd_loss_reference(
     beta: float,
     gamma: float,
     classifier_alpha: float,
-) -> Rows:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`afd_loss` in plain PyTorch: the values, and the gradients of each row."""
     wide = torch.promote_types(g.dtype, torch.float32)
     d1, d2, w = d1.to(g.dtype), d2.to(g.dtype), w.to(g.dtype)
@@ -357,21 +357,7 @@ def afd_loss_fused(
     return total, terms, logits, wrong, f, df, dz
 
 
-@torch.library.custom_op("fastafd::afd_loss", mutates_args=(), device_types="cpu")
-def _afd_loss(
-    g: Tensor,
-    t: Tensor,
-    y: Tensor,
-    d1: Tensor,
-    d2: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    classifier_alpha: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return afd_loss_reference(g, t, y, d1, d2, w, b, alpha, beta, gamma, classifier_alpha)
+_afd_loss = torch.library.custom_op("fastafd::afd_loss", afd_loss_reference, mutates_args=(), device_types="cpu")
 
 
 @_afd_loss.register_fake

@@ -170,11 +170,9 @@ def afd_gradients_fused(
     return found
 
 
-@torch.library.custom_op("fastafd::afd_gradients", mutates_args=(), device_types="cpu")
-def afd_gradients(
-    grad: Tensor, g: Tensor, d1: Tensor, w: Tensor, f: Tensor, df: Tensor, dz: Tensor, classifier_alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return afd_gradients_reference(grad, g, d1, w, f, df, dz, classifier_alpha)
+afd_gradients = torch.library.custom_op(
+    "fastafd::afd_gradients", afd_gradients_reference, mutates_args=(), device_types="cpu"
+)
 
 
 @afd_gradients.register_fake

@@ -76,9 +76,7 @@ def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Te
     return out.permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("fastafd::augment", mutates_args=(), device_types="cpu")
-def _augment(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    return augment_reference(x, offsets, flips, padding)
+_augment = torch.library.custom_op("fastafd::augment", augment_reference, mutates_args=(), device_types="cpu")
 
 
 @_augment.register_fake

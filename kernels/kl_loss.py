@@ -136,9 +136,7 @@ def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tu
     return found
 
 
-@torch.library.custom_op("fastafd::kl_rows", mutates_args=(), device_types="cpu")
-def _kl_rows(adversarial: Tensor, natural: Tensor) -> Tensor:
-    return kl_rows_reference(adversarial, natural)
+_kl_rows = torch.library.custom_op("fastafd::kl_rows", kl_rows_reference, mutates_args=(), device_types="cpu")
 
 
 @_kl_rows.register_fake
@@ -146,9 +144,9 @@ def _(adversarial: Tensor, natural: Tensor) -> Tensor:
     return natural.new_empty(len(natural), dtype=torch.promote_types(natural.dtype, torch.float32))
 
 
-@torch.library.custom_op("fastafd::kl_gradients", mutates_args=(), device_types="cpu")
-def _kl_gradients(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
-    return kl_gradients_reference(grad, adversarial, natural)
+_kl_gradients = torch.library.custom_op(
+    "fastafd::kl_gradients", kl_gradients_reference, mutates_args=(), device_types="cpu"
+)
 
 
 @_kl_gradients.register_fake
