@@ -28,7 +28,12 @@ class Task:
     amp: str = setting(
         "auto",
         "arithmetic of the forward passes; auto: bf16 on a GPU that has it, else fp32 (convolutions there in TF32)",
-        choice("auto", "bf16", "fp32"),
+        choice("auto", "bf16", "fp16", "fp32"),
+    )
+    engine: str = setting(
+        "auto",
+        "fast (compiled, on a GPU one graph a step), reference (plain PyTorch), or auto: fast on a GPU",
+        choice("auto", "fast", "reference"),
     )
     seed: int = setting(
         0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, 2**32, whole=True)

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_decay(t: int, limit: float) -> float:
@@ -26,12 +26,16 @@ class EMA:
         self._floats = [(m, p) for m, p in zip(mean, live, strict=True) if p.is_floating_point()]
         self._counts = [(m, p) for m, p in zip(mean, live, strict=True) if not p.is_floating_point()]
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Once a step, after the optimizer."""
+    def advance(self) -> float:
+        """Count an update; returns how far this one moves towards the model."""
         weight = 1 - ema_decay(self.updates, self.decay)
         self.updates += 1
-        torch._foreach_lerp_([m for m, _ in self._floats], [p.detach() for _, p in self._floats], weight)
+        return weight
+
+    @torch.no_grad()
+    def move(self, weight: float | Tensor) -> None:
+        """Move towards the model, once a step, after the optimizer. weight: a number, or a tensor () on the device."""
+        torch._foreach_lerp_([m for m, _ in self._floats], [p.detach() for _, p in self._floats], weight)  # type: ignore[arg-type]
         for mean, live in self._counts:
             mean.copy_(live)
 

@@ -21,12 +21,13 @@ from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
+from fastafd.engine import resolve_amp, resolve_engine
 from fastafd.loop import fit
 from fastafd.methods import Natural
 from fastafd.models import build_model
 from fastafd.optim import make_sgd
 from fastafd.settings import UsageError, cache_dir
-from fastafd.step import TrainStep, resolve_amp, resolve_device
+from fastafd.step import TrainStep, resolve_device
 
 
 def main(argv: list[str]) -> None:
@@ -64,8 +65,10 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
         make_sgd(net, sgd.lr, sgd.momentum, sgd.weight_decay),
         Natural(),
         amp=task.amp,
+        engine=task.engine,
         augment=Augment(dataset.padding, dataset.flip, task.seed),
         seed=task.seed,
+        console=console,
     )
     console.line(f"natural pre-training: {task.arch} on {dataset.name}, {sgd.epochs} epochs, in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,11 +143,13 @@ def folder_of(config: PretrainConfig, dataset: Dataset) -> Path:
 def shaping(config: PretrainConfig, dataset: Dataset) -> str:
     """Everything that shapes the weights, as JSON."""
     task = config.task
+    device = resolve_device(task.device)
     shape = {
         "arch": task.arch,
         "normalize": task.normalize,
         "seed": task.seed,
-        "amp": resolve_amp(task.amp, resolve_device(task.device)),
+        "amp": resolve_amp(task.amp, device),
+        "engine": resolve_engine(task.engine, device),
         "data": dataset.train.identity,
         "sgd": dataclasses.asdict(config.sgd),
     }

@@ -3,13 +3,15 @@
     images -> augment, [0,1] -> attack (PGD on the f1 path) -> teacher on x, student on x_adv -> loss terms
            -> one backward -> one SGD step -> EMA
 
-Only this file knows arithmetic types and BatchNorm modes. Nothing in a step waits for the device.
+The parts, and all that is known of arithmetic types, compilers and BatchNorm modes, are in `fastafd.engine`; here is
+their order, and how they are launched: one after the other, or on CUDA by the fast engine as one graph. Nothing in a
+step waits for the device.
 """
 
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +20,21 @@ from torch import Tensor, nn
 
 from fastafd.attacks import PGD
 from fastafd.config import TrainConfig
+from fastafd.console import Console
 from fastafd.data.augment import Augment, to_unit
 from fastafd.ema import EMA
+from fastafd.engine import Engine, Fast, Reference, keep_compiled, resolve_amp, resolve_engine
+from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Method
 from fastafd.models import Disentangled, disentangle
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError, unknown
 from fastafd.timing import PhaseTimer
+
+# images, labels, crop offsets, flips, the attack's noise
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Seen = tuple[Tensor, Tensor, Tensor | None]  # x, x_adv, the teacher's features of x
 
 
 class TrainStep:
@@ -42,66 +51,73 @@ class TrainStep:
         attack_bn: str = "eval",
         ema_decay: float | None = None,
         amp: str = "auto",
+        engine: str = "auto",
         augment: Augment | None = None,
         seed: int = 0,
+        console: Console | None = None,
     ):
         if method.uses_teacher and teacher is None:
             raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
-        self.attack, self.attack_bn = attack, attack_bn
-        self.teacher = None if teacher is None else _frozen_features(teacher, model, self.device)
+        self.attack = attack if method.adversarial else None
+        frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
         self.ema = None if ema_decay is None else EMA(model, ema_decay)
         self.augment = augment
-        self.bf16 = resolve_amp(amp, self.device) == "bf16"
+        amp = resolve_amp(amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.generator = torch.Generator(self.device).manual_seed(seed)  # the attack's starts
-        self.timer = PhaseTimer(self.device)
+        self.console = console or Console()
+        self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
+
+        self.fast = resolve_engine(engine, self.device) == "fast"
+        self.graphs: Graphs | None = None
+        self.engine: Engine
+        if not self.fast:
+            self.engine = Reference(model, method, frozen, self.attack, attack_bn, self.ema, amp)
+            return
+        if self.attack is not None and attack_bn != "eval":
+            raise UsageError(f"attack_bn: got {attack_bn!r}, takes eval with engine fast; reference has both")
+        self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
+        self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
+        if self.device.type == "cuda":
+            self.graphs = Graphs(self._recorded, self.device, self.console)
+            self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
+            self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+            self._weight = torch.zeros((), device=self.device)
+        self._fuse()
 
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
 
         x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) int64, on the model's device. A given
         `augment` is applied to uint8 batches. With `probe`, clean accuracy and feature gaps are measured as
-        well, in eval mode before the update, at the price of two more forward passes.
+        well, in eval mode and of the weights before the update, at the price of two more forward passes.
         """
-        with self.timer("augment"):
-            x, y = self._to_pixels(x), y.to(self.device, torch.int64, non_blocking=True)
+        with self.timer("inputs"):
+            inputs = self._inputs(x, y)
         if self.steps == 0:
-            self._check_first(x, y)
-        teacher_features = None
-        if self.teacher is not None:
-            with self.timer("teacher"), torch.no_grad(), self._autocast():
-                teacher_features = self.teacher(x)
-        with self.timer("attack"):
-            x_adv = self._attacked(x, y)
-        probed: dict[str, Tensor] = {}
-        if probe and self.method.adversarial:
-            with self.timer("probe"):
-                probed = self._probe(x, x_adv, y, teacher_features)
-        with self.timer("update"):
-            self.model.train()
-            with self._autocast():
-                out = self.method.loss(self.model, x_adv, y, teacher_features)
-            self.optimizer.zero_grad(set_to_none=True)
-            out.total.backward()
-            self.optimizer.step()
-        if self.ema is not None:
-            with self.timer("ema"):
-                self.ema.update()
+            self._check_first(*inputs[:2])
+        weight = 0.0 if self.ema is None else self.ema.advance()
+        if self.fast and inputs[0].shape not in self._met:
+            run = self._compile
+        else:
+            run = self._launch
+        metrics = run(inputs, weight, probe and self.method.adversarial)
         self.steps += 1
-        accuracy = "adversarial_accuracy" if self.method.adversarial else "clean_accuracy"
-        correct = (out.logits.argmax(1) == y).float().mean()
-        return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}
+        return metrics
 
     def averaged(self) -> nn.Module:
         """The model that is evaluated: the weight average, or without one the model itself."""
         return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, the generators included."""
-        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"generator": self.generator.get_state(), "steps": self.steps}
+        """Everything that the next step depends on, the generators included; the same from either engine."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["param_groups"] = [group | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": optimizer}
+        state |= {"generator": self.generator.get_state(), "steps": self.steps, "scaler": self.scaler.state_dict()}
         state["torch_rng"] = torch.get_rng_state()  # of a network with dropout, say
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -116,6 +132,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
+        self.scaler.load_state_dict(state.get("scaler", {}))
         torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -123,17 +140,34 @@ class TrainStep:
             self.ema.load_state_dict(state["ema"])
         if self.augment is not None:
             self.augment.generator.set_state(state["augment"])
+        if self.fast:
+            self._fuse()
+        if self.graphs is not None:
+            self.graphs.clear()  # the optimizer's tensors are others now
 
-    def _to_pixels(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True)
+    # -- what a step is made of -----------------------------------------------------------------------------------
+
+    def _inputs(self, x: Tensor, y: Tensor) -> Inputs:
+        """The batch and all that is drawn for it, on the device."""
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, torch.int64, non_blocking=True)
+        dtype = next(self.model.parameters()).dtype
+        offsets = flips = noise = None
         if x.dtype == torch.uint8:
-            x = x if x.shape[-1] == 3 else x.permute(0, 2, 3, 1)
-            x = to_unit(x) if self.augment is None else self.augment(x)
-        return x.to(next(self.model.parameters()).dtype).contiguous(memory_format=torch.channels_last)
+            x = (x if x.shape[-1] == 3 else x.permute(0, 2, 3, 1)).contiguous()
+            if self.augment is not None:
+                offsets, flips = self.augment.draw_on(self.device, len(x))
+            shape = len(x), 3, *x.shape[1:3]
+        else:
+            x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            shape = tuple(x.shape)
+        if self.attack is not None:
+            like = torch.empty(shape, dtype=dtype, device=self.device, memory_format=torch.channels_last)
+            noise = self.attack.draw(like, self.generator)
+        return x, y, offsets, flips, noise
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
         """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""
-        if x.min() < -1e-6 or x.max() > 1 + 1e-6:
+        if x.is_floating_point() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
             raise UsageError(
                 f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
                 " normalisation belongs inside the model (fastafd.models.Normalize)"
@@ -143,32 +177,110 @@ class TrainStep:
             classes = "" if linear is None else f" to {linear.out_features - 1}"
             raise UsageError(f"y: got labels from {int(y.min())} to {int(y.max())}, takes 0{classes}")
 
-    def _attacked(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.method.adversarial or self.attack is None:
-            return x
-        self.model.train(self.attack_bn == "train")
-        with self._autocast():
-            return self.attack(self.model, x, y, self.generator)
+    def _run(
+        self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
+    ) -> tuple[dict[str, Tensor], Seen]:
+        """The step itself, on the device alone."""
+        images, y, offsets, flips, noise = inputs
+        with timer("augment"):
+            x = self._pixels(images, offsets, flips)
+        teacher_features = None
+        if self.method.uses_teacher:
+            with timer("teacher"):
+                teacher_features = self.engine.teacher_features(x)
+        x_adv = x
+        if self.attack is not None:
+            with timer("attack"):
+                x_adv = self.engine.perturb(x, noise, y)
+        probed: dict[str, Tensor] = {}
+        if probe:
+            with timer("probe"):
+                probed = self._probe(y, x, x_adv, teacher_features)
+        with timer("update"):
+            out = self.engine.loss(x_adv, y, teacher_features)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(out.total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.ema is not None:
+            with timer("ema"):
+                self.engine.average(weight)
+        accuracy = "adversarial_accuracy" if self.method.adversarial else "clean_accuracy"
+        correct = (out.logits.argmax(1) == y).float().mean()
+        return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}, (x, x_adv, teacher_features)
 
-    @torch.no_grad()
-    def _probe(self, x: Tensor, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
+    def _pixels(self, images: Tensor, offsets: Tensor | None, flips: Tensor | None) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        if self.augment is None or offsets is None or flips is None:
+            x = to_unit(images)
+        else:
+            x = self.augment.apply(images, offsets, flips)
+        return x.to(next(self.model.parameters()).dtype)
+
+    def _probe(self, y: Tensor, x: Tensor, x_adv: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
         """Clean accuracy and the gap between f1 of x_adv and natural features (Fig. 1a): the teacher's, and f1 of x."""
-        self.model.eval()
-        if not isinstance(self.model, Disentangled):
-            with self._autocast():
-                return {"clean_accuracy": (self.model(x).argmax(1) == y).float().mean()}
-        with self._autocast():
-            clean, attacked = (self.model.d1(self.model.features(image)) for image in (x, x_adv))
-            logits = self.model.classifier(clean)
+        clean, logits = self.engine.f1(x)
+        attacked, _ = self.engine.f1(x_adv)
         found = {"clean_accuracy": (logits.argmax(1) == y).float().mean(), **feature_gap(attacked, clean, "own_gap")}
         if teacher_features is not None:
             found |= feature_gap(attacked, teacher_features, "gap")
         return found
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.bf16:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    # -- how it is launched ---------------------------------------------------------------------------------------
+
+    def _launch(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
+        if self.graphs is None:
+            return self._run(inputs, weight, self._phases, probe)[0]
+        with self.timer("step"):
+            self._set_scalars(weight)
+            figures, *seen = self.graphs(*inputs)
+            metrics = dict(zip(self._names, figures.clone().unbind()))  # the next step overwrites them
+        if probe:  # the snapshot still has the weights before the update
+            with self.timer("probe"):
+                metrics |= self._probe(inputs[1], *seen)
+        return metrics
+
+    def _compile(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
+        """`_launch` for a batch of a shape not met before: the first call of each part compiles it."""
+        shape = tuple(inputs[0].shape)
+        folder = keep_compiled(self.device)
+        self.console.line(
+            f"compiling the step for batches of {shape}, a minute or two if {folder} does not have it yet"
+        )
+        began = time.perf_counter()
+        usual, self._phases = self._phases, PhaseTimer(torch.device("cpu"))
+        self._phases.on = True
+        try:
+            with self.timer("compile"):
+                metrics = self._launch(inputs, weight, probe)
+        finally:
+            spent, self._phases = self._phases.collect(), usual
+        self._met.add(inputs[0].shape)
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
+        self.console.line(f"compiled in {time.perf_counter() - began:.1f} s ({parts})")
+        return metrics
+
+    def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """`_run` as a CUDA graph takes it."""
+        metrics, seen = self._run(inputs, self._weight, self._phases)
+        self._names = tuple(metrics)
+        return torch.stack([value.float() for value in metrics.values()]), *(t for t in seen if t is not None)
+
+    def _set_scalars(self, weight: float) -> None:
+        """What changes from step to step and is no input: a graph reads it from the device."""
+        self._weight.fill_(weight)
+        for group, held in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not held:  # somebody has set it since
+                held.fill_(float(group["lr"]))
+                group["lr"] = held
+
+    def _fuse(self) -> None:
+        """Let SGD update all weights in one launch, one that can read its rate from the device."""
+        if type(self.optimizer) is torch.optim.SGD:
+            for group in self.optimizer.param_groups:
+                group |= {"fused": True, "foreach": False}
+            self.optimizer._step_supports_amp_scaling = True
 
 
 class AFDStep(TrainStep):
@@ -178,7 +290,10 @@ class AFDStep(TrainStep):
     optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.optim.make_sgd`).
     recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
     classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
-    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16" or "fp32".
+    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
+    engine: "fast" (compiled, the attack on a BN-folded snapshot, on CUDA one graph a step), "reference" (plain
+    PyTorch), or "auto": fast on CUDA. The fast engine makes an SGD optimizer a fused one, and its rates tensors; weight
+    decay and momentum are those of the first steps. A batch of another shape is compiled anew.
     `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
     Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
     """
@@ -191,7 +306,9 @@ class AFDStep(TrainStep):
         recipe: str | TrainConfig = "released",
         attack: PGD | None = None,
         amp: str = "auto",
+        engine: str = "auto",
         augment: Augment | None = None,
+        console: Console | None = None,
         **fields: Any,
     ):
         if not isinstance(model, Disentangled):
@@ -210,7 +327,9 @@ class AFDStep(TrainStep):
             teacher=teacher,
             attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
             amp=amp,
+            engine=engine,
             augment=augment,
+            console=console,
             **own | {name: fields[name] for name in fields if name in own},
         )
 
@@ -246,15 +365,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events and kernel launches go to the current device
     return device
-
-
-def resolve_amp(amp: str, device: torch.device) -> str:
-    """ "bf16" or "fp32"; "auto" is bf16 where a GPU computes it."""
-    if amp == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if amp not in ("bf16", "fp32"):
-        raise UsageError(f"amp: got {amp!r}, takes auto, bf16 or fp32")
-    return amp
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:

@@ -26,6 +26,7 @@ from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, load_dataset
+from fastafd.engine import resolve_amp, resolve_engine
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit
@@ -34,7 +35,7 @@ from fastafd.optim import make_sgd
 from fastafd.pretrain import about, loader_of, natural_model, pretrain
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
-from fastafd.step import AFDStep, resolve_amp, resolve_device
+from fastafd.step import AFDStep, resolve_device
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> None:
     task, sgd = config.task, config.sgd
     check_model(task.arch, task.normalize)
     device = resolve_device(task.device)
+    task = dataclasses.replace(task, engine=resolve_engine(task.engine, device))  # a resumed run keeps it
+    config = dataclasses.replace(config, task=task)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
     # Images, and a natural classifier of them, of which the run keeps a copy: it is the teacher after a resume too.
@@ -51,7 +54,8 @@ def main(argv: list[str]) -> None:
     classes = len(dataset.classes)
     console.line(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
-        f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}"
+        f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}, "
+        f"{task.engine} engine"
     )
     loader = loader_of(task, sgd.batch_size, dataset, device, console)
     kept, given = folder / "natural.safetensors", None
@@ -77,7 +81,9 @@ def main(argv: list[str]) -> None:
         optimizer=make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay),
         recipe=config,
         amp=task.amp,
+        engine=task.engine,
         augment=Augment(dataset.padding, dataset.flip, task.seed),
+        console=console,
     )
     seconds = fit(
         step,

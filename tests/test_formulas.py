@@ -86,7 +86,7 @@ def test_ema_against_torchs_averaged_model():
             for p in net.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         net(torch.randn(8, 3, 8, 8, dtype=torch.float64))
-        ema.update()
+        ema.move(ema.advance())
         reference.update_parameters(net)
         updates["t"] += 1
     expected = reference.module.state_dict()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.attacks.threat import linf_start
+from fastafd.attacks.threat import linf_noise
 from fastafd.kernels import linf_step
 from fastafd.settings import check, number, pixels, setting, switch
 
@@ -41,14 +41,26 @@ class PGD:
         x: (B,3,H,W) in [0,1]; y: (B,) int64. The generator draws the start and lives on x's device.
         Only the gradient of the input is formed, none of a weight, and nothing but x_adv is kept.
         """
+        return self.climb(lambda x_adv: input_gradient(classifier, x_adv, y), x, self.draw(x, generator))
+
+    def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """The start's distance from an image of this shape, type, memory format and device; None without one."""
+        return linf_noise(like, self.eps, generator) if self.random_start else None
+
+    def climb(self, gradient: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor | None) -> Tensor:
+        """x_adv from the start x + noise. gradient: (B,3,H,W), a leaf that requires grad -> what to climb along."""
         x = x.detach()
-        x_adv = linf_start(x, self.eps, generator) if self.random_start else x.clone()
+        x_adv = x.clone() if noise is None else x + noise  # not clipped to [0,1], as in the released code
         for _ in range(self.steps):
-            x_adv.requires_grad_()
-            with torch.enable_grad():
-                logits = classifier(x_adv)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(logits, y, reduction="sum")  # the sum: only the gradient's signs count
-                (grad,) = torch.autograd.grad(loss, x_adv)
+            grad = gradient(x_adv.requires_grad_())
             x_adv = linf_step(x_adv.detach(), grad, x, self.eps, self.step_size)
-        return x_adv.clamp(0.0, 1.0).detach()
+        return x_adv if self.steps else x_adv.clamp(0.0, 1.0)  # a step ends inside [0,1]
+
+
+def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the summed cross-entropy with respect to x_adv, a leaf; only its signs count, so no mean."""
+    with torch.enable_grad():
+        logits = classifier(x_adv)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x_adv)
+    return grad

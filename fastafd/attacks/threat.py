@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 
-def linf_start(x: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """x plus uniform noise from [-eps, eps], in x's memory format; not clipped to [0,1], as in the released code."""
-    noise = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
-    return x + noise
+def linf_noise(like: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform noise from [-eps, eps] of `like`'s shape, type and memory format."""
+    return torch.empty_like(like).uniform_(-eps, eps, generator=generator)

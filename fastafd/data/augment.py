@@ -40,12 +40,19 @@ class Augment:
             flips.random_(0, 2, generator=self.generator)
         return offsets, flips
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Augment a batch on its own device: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
+    def draw_on(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
+        """`draw`, copied to a device without making the host wait for it."""
+        offsets, flips = self.draw(batch)
+        if device.type == "cuda":
+            offsets, flips = offsets.pin_memory(), flips.pin_memory()
+        return offsets.to(device, non_blocking=True), flips.to(device, non_blocking=True)
+
+    def apply(self, x: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        """The images at these draws: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
         if not self.padding and not self.flip:
             return to_unit(x)
-        offsets, flips = self.draw(len(x))
-        if x.is_cuda:  # pinned, so that the copies do not make the host wait for the device
-            offsets, flips = offsets.pin_memory(), flips.pin_memory()
-        offsets, flips = offsets.to(x.device, non_blocking=True), flips.to(x.device, non_blocking=True)
         return augment(x, offsets, flips, self.padding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Augment a batch on its own device: uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1], channels_last."""
+        return self.apply(x, *self.draw_on(x.device, len(x)))

@@ -1,0 +1,242 @@
+"""What an attack needs of a network: its features in eval mode, cheap, and the gradient of the input alone.
+
+Once a step the live weights are written into tensors of the snapshot's own, in the attack's type and channels_last:
+
+    convolution, BatchNorm       W' = W gamma / sqrt(var + eps),  shift = beta + (bias - mean) gamma / sqrt(var + eps)
+    BatchNorm behind no convolution (pre-activation networks)    one scale and shift a channel
+    D1, classifier               W·W_D1, so that PGD reads logits off the pooled features
+
+The pairs are found by torch.fx in any network that it can trace; one that it cannot is copied as it is, in eval mode.
+The shift is added in fp32. No weight of a snapshot requires a gradient, so none is formed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastafd.kernels import attack_head
+
+
+class Snapshot(nn.Module):
+    """An eval-mode view of `backbone` (pooled features) and, with `classifier` and `d1`, of the logits of f1.
+
+    dtype: of weights and activations; float32 or wider keeps the network's own type. `reason` says why the network
+    could not be traced, or is None. Holds nothing before the first `refresh`.
+    """
+
+    d1: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dtype: torch.dtype,
+        d1: nn.Linear | None = None,
+        classifier: nn.Linear | None = None,
+    ):
+        super().__init__()
+        self.reason: str | None = None
+        self.pools = False
+        self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d | None, Folded]] = []
+        self._affines: list[tuple[nn.BatchNorm2d, Affine]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        own = copy.deepcopy(backbone).eval().requires_grad_(False)
+        try:
+            graph = fx.Tracer().trace(own)
+        except Exception as error:  # whatever a forward written by somebody else does with a proxy
+            self.reason = f"torch.fx cannot trace it: {str(error).splitlines()[0] or type(error).__name__}"
+            self.net = own
+        else:
+            self.net = self._fold(backbone, fx.GraphModule(own, graph), dtype)
+        replaced = {id(own) for _, _, folded in self._folds for own in (*folded.parameters(), *folded.buffers())}
+        replaced |= {id(own) for _, affine in self._affines for own in affine.buffers()}
+        live: dict[str, Tensor] = {
+            **dict(backbone.named_parameters(remove_duplicate=False)),
+            **dict(backbone.named_buffers(remove_duplicate=False)),
+        }
+        for name, tensor in [*self.net.named_parameters(), *self.net.named_buffers()]:
+            if id(tensor) not in replaced and name in live:  # what is not in it is a constant of the trace
+                self._copies.append((tensor, live[name]))
+
+        self._heads: tuple[nn.Linear, nn.Linear] | None = None
+        if d1 is not None and classifier is not None:
+            self._heads = d1, classifier
+            wide = torch.promote_types(classifier.weight.dtype, torch.float32)
+            self.register_buffer("d1", d1.weight.detach().clone())
+            self.register_buffer("weight", classifier.weight.detach().to(wide, copy=True))
+            bias = None if classifier.bias is None else classifier.bias.detach().to(wide, copy=True)
+            self.register_buffer("bias", bias)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the live weights and statistics, in place."""
+        for conv, norm, folded in self._folds:
+            if norm is None:
+                folded.conv.weight.copy_(conv.weight)
+                if conv.bias is not None:
+                    folded.shift.copy_(conv.bias)
+            else:
+                scale, shift = scale_and_shift(norm)
+                folded.conv.weight.copy_(conv.weight * scale[:, None, None, None])
+                folded.shift.copy_(shift if conv.bias is None else shift + conv.bias * scale)
+        for norm, affine in self._affines:
+            scale, shift = scale_and_shift(norm)
+            affine.scale.copy_(scale)
+            affine.shift.copy_(shift)
+        for own, live in self._copies:
+            own.copy_(live)
+        if self._heads is not None:
+            d1, classifier = self._heads
+            self.d1.copy_(d1.weight)
+            self.weight.copy_(classifier.weight.to(self.weight.dtype) @ d1.weight.to(self.weight.dtype))
+            if self.bias is not None:
+                self.bias.copy_(classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] -> the last ReLU's input (B,D,h,w) if `pools`, else pooled features (B,D)."""
+        return self.net(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The pooled features g(x): (B,3,H,W) in, (B,D) out."""
+        out = self(x)
+        return out.relu().mean((2, 3)) if self.pools else out
+
+    def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features f1 (B,D) and their logits (B,C)."""
+        features = self.features(x)
+        return F.linear(features, self.d1.to(features.dtype)), F.linear(
+            features.to(self.weight.dtype), self.weight, self.bias
+        )
+
+    def gradient(self, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The gradient of the summed cross-entropy of f1's logits: (B,3,H,W), which requires grad, and (B,) -> x_adv's.
+
+        Source: Eq. 2 of the AFD paper. Only its signs matter to PGD.
+        """
+        before = self(x_adv)
+        slope = attack_head(before.detach(), y, self.weight, self.bias)
+        (grad,) = torch.autograd.grad(before, x_adv, slope)
+        return grad
+
+    def _fold(self, live: nn.Module, net: fx.GraphModule, dtype: torch.dtype) -> nn.Module:
+        graph, modules = net.graph, dict(net.named_modules())
+        sources = dict(live.named_modules())
+        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        tail = _last_relu(graph, modules)
+        if tail is not None:
+            self.pools = True
+            (activation,) = tail.all_input_nodes
+            node = next(node for node in graph.nodes if node.op == "output")
+            while node is not activation:
+                (before,) = node.all_input_nodes
+                graph.erase_node(node)
+                node = before
+            graph.output(activation)
+        for node in list(graph.nodes):
+            module = modules.get(node.target) if node.op == "call_module" else None
+            if type(module) is not nn.BatchNorm2d or module.running_mean is None:
+                continue
+            norm, before = sources[node.target], node.args[0]
+            assert isinstance(norm, nn.BatchNorm2d)
+            conv = modules.get(before.target) if before.op == "call_module" else None
+            alone = type(conv) is nn.Conv2d and len(before.users) == 1 and calls[before.target] == 1
+            if alone and calls[node.target] == 1:
+                source = sources[before.target]
+                assert isinstance(source, nn.Conv2d)
+                folded = Folded(source, dtype)
+                self._folds.append((source, norm, folded))
+                net.set_submodule(before.target, folded)
+                node.replace_all_uses_with(before)
+                graph.erase_node(node)
+            elif not isinstance(net.get_submodule(node.target), Affine):
+                affine = Affine(norm)
+                self._affines.append((norm, affine))
+                net.set_submodule(node.target, affine)
+        for name, module in list(net.named_modules()):
+            source = sources.get(name)
+            if type(module) is nn.Conv2d and type(source) is nn.Conv2d and calls[name]:
+                folded = Folded(source, dtype)
+                self._folds.append((source, None, folded))
+                net.set_submodule(name, folded)
+        net.delete_all_unused_submodules()
+        net.recompile()
+        return net
+
+
+class Folded(nn.Module):
+    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in fp32."""
+
+    shift: Tensor
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        super().__init__()
+        wide = conv.weight.dtype
+        self.conv = copy.deepcopy(conv).requires_grad_(False)
+        self.conv.bias = None
+        narrow = dtype if dtype.itemsize < wide.itemsize else wide
+        self.conv.to(dtype=narrow).to(memory_format=torch.channels_last)
+        self.register_buffer("shift", torch.zeros(conv.out_channels, dtype=wide, device=conv.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x.to(self.conv.weight.dtype))
+        return (out + self.shift[:, None, None]).to(out.dtype)
+
+
+class Affine(nn.Module):
+    """A BatchNorm with fixed statistics: a scale and a shift for each channel, in fp32."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        assert norm.running_mean is not None
+        self.register_buffer("scale", torch.ones_like(norm.running_mean))
+        self.register_buffer("shift", torch.zeros_like(norm.running_mean))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """a and b of eval-mode BatchNorm as a x + b, each (C,)."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The ReLU whose global average pool is the graph's output, if it is."""
+    (node,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes[:1]
+    pooled = False
+    while len(node.users) == 1 and node.op.startswith("call") and len(node.all_input_nodes) == 1:
+        kind: Any = type(modules[node.target]) if node.op == "call_module" else node.target
+        if _pools(node, modules):
+            pooled = True
+        elif pooled and kind in (nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"):
+            return node
+        elif kind not in (nn.Identity, nn.Dropout, nn.Flatten, torch.flatten, "flatten"):
+            return None
+        (node,) = node.all_input_nodes
+    return None
+
+
+def _pools(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+    if node.target is F.adaptive_avg_pool2d:
+        return node.args[1:] in ((1,), ((1, 1),))
+    if node.target in ("mean", torch.mean):
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        return isinstance(dims, (tuple, list)) and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+    return False

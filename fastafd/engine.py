@@ -1,0 +1,235 @@
+"""The parts of a step that cost time, as PyTorch runs them (Reference) and compiled (Fast).
+
+Both have the same four, and a step puts them together in one order: the teacher's features, the attack, the loss, and
+the features in eval mode that a probe measures.
+
+The fast parts: PGD runs on a BN-folded snapshot of the student that is refreshed once a step, and forms the gradient of
+the input alone; one of its iterations is compiled, gradient included, and looped. The teacher is a snapshot that never
+changes. The update is the model itself in train mode. Attack and update are two compiled functions, and no module is
+switched between the modes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastafd.attacks import PGD, Snapshot, input_gradient
+from fastafd.console import Console
+from fastafd.ema import EMA
+from fastafd.methods import Loss, Method
+from fastafd.models import Disentangled
+from fastafd.settings import UsageError, cache_dir, unknown
+
+ENGINES = ("reference", "fast")
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+class Engine(Protocol):
+    """x, x_adv (B,3,H,W) in [0,1]; y (B,) int64; features (B,D)."""
+
+    def teacher_features(self, x: Tensor) -> Tensor: ...
+
+    def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
+        """x_adv of the attack on the f1 path, in eval mode (BatchNorm)."""
+        ...
+
+    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        """The method's loss in train mode (BatchNorm)."""
+        ...
+
+    def average(self, weight: float | Tensor) -> None:
+        """Move the weight average, if there is one."""
+        ...
+
+    def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features f1 (B,D) and their logits (B,C) in eval mode, of the weights before the update."""
+        ...
+
+
+class Reference:
+    """The parts in plain PyTorch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        teacher: nn.Module | None,
+        attack: PGD | None,
+        attack_bn: str,
+        ema: EMA | None,
+        amp: str,
+    ):
+        self.model, self.method, self.teacher = model, method, teacher
+        self.attack, self.attack_bn, self.ema = attack, attack_bn, ema
+        self.device, self.amp = next(model.parameters()).device, AMP[amp]
+
+    def teacher_features(self, x: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad(), autocast(self.device, self.amp):
+            return self.teacher(x)
+
+    def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
+        assert self.attack is not None
+        self.model.train(self.attack_bn == "train")
+
+        def gradient(x_adv: Tensor) -> Tensor:
+            with autocast(self.device, self.amp):
+                return input_gradient(self.model, x_adv, y)
+
+        return self.attack.climb(gradient, x, noise)
+
+    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        self.model.train()
+        with autocast(self.device, self.amp):
+            return self.method.loss(self.model, x_adv, y, teacher_features)
+
+    def average(self, weight: float | Tensor) -> None:
+        if self.ema is not None:
+            self.ema.move(weight)
+
+    @torch.no_grad()
+    def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.model, Disentangled)
+        self.model.eval()
+        with autocast(self.device, self.amp):
+            f1 = self.model.d1(self.model.features(x))
+            return f1, self.model.classifier(f1)
+
+
+class Fast:
+    """The parts compiled; `teacher` and the attack on snapshots."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        teacher: nn.Module | None,
+        attack: PGD | None,
+        ema: EMA | None,
+        amp: str,
+        console: Console,
+    ):
+        keep_compiled(next(model.parameters()).device)
+        self.model, self.method, self.attack, self.ema = model, method, attack, ema
+        first = next(model.parameters())
+        self.device, self.amp = first.device, AMP[amp]
+        dtype = self.amp or first.dtype
+        whole = True
+        self.snapshot: Snapshot | None = None
+        if method.adversarial and attack is not None:
+            if not isinstance(model, Disentangled):
+                raise ValueError(f"the fast engine attacks fastafd.disentangle(net), not {type(model).__name__}")
+            self.snapshot = Snapshot(model.backbone, dtype, model.d1, model.classifier)
+            self._refresh = Compiled(self.snapshot.refresh)
+            self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
+            whole = self.snapshot.reason is None
+            if whole:
+                self._gradient = Compiled(self.snapshot.gradient)
+            else:
+                console.line(f"the attack sees BatchNorm in eval mode, not folded: {self.snapshot.reason}")
+                self.snapshot.net = torch.compile(self.snapshot.net, dynamic=False)  # type: ignore[assignment]
+        if teacher is not None:
+            frozen = Snapshot(teacher, dtype)
+            frozen.refresh()
+            self._teacher = Compiled(frozen.features, whole=frozen.reason is None)
+        self._loss = Compiled(self._forward, whole)
+        # On a CPU the average is one call already.
+        self._average = None if ema is None else Compiled(ema.move) if self.device.type == "cuda" else ema.move
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def teacher_features(self, x: Tensor) -> Tensor:
+        """Beside the attack: on CUDA on a stream of its own, which `loss` waits for."""
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side), torch.no_grad(), autocast(self.device, self.amp):
+            return self._teacher(x)
+
+    def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
+        assert self.attack is not None
+        with autocast(self.device, self.amp):
+            self._refresh()
+            return self.attack.climb(lambda x_adv: self._gradient(x_adv, y), x, noise)
+
+    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+        if not self.model.training:
+            self.model.train()
+        return self._loss(x_adv, y, teacher_features)
+
+    def average(self, weight: float | Tensor) -> None:
+        if self._average is not None:
+            self._average(weight)
+
+    @torch.no_grad()
+    def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.snapshot is not None
+        with autocast(self.device, self.amp):
+            return self.snapshot.f1(x)
+
+    def _forward(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        with autocast(self.device, self.amp):
+            return self.method.loss(self.model, x_adv, y, teacher_features)
+
+
+class Compiled:
+    """A function compiled for each shape that it is called with; `whole`: as one graph, else it is an error."""
+
+    def __init__(self, function: Callable[..., Any], whole: bool = True):
+        self.function = torch.compile(function, fullgraph=whole, dynamic=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        # A recompile is one for each step object in the process and for each shape, not for each call.
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+            return self.function(*inputs)
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The arithmetic of the forward passes."""
+    return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+
+
+def resolve_engine(engine: str, device: torch.device) -> str:
+    """ "fast" or "reference"; "auto" is fast on CUDA, reference on a CPU, where compiling takes about a minute."""
+    if engine == "auto":
+        return "fast" if device.type == "cuda" else "reference"
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ["auto", *ENGINES])
+    return engine
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """ "bf16", "fp16" or "fp32"; "auto" is bf16 where a GPU computes it."""
+    if amp == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if amp not in AMP:
+        raise UsageError(f"amp: got {amp!r}, takes auto, bf16, fp16 or fp32")
+    return amp
+
+
+def keep_compiled(device: torch.device) -> Path:
+    """Let the compilers keep what they make in the cache folder, from one run to the next; returns the folder.
+
+    There is a folder for each PyTorch, CUDA, Triton and GPU; inside it the compilers tell configurations apart by the
+    code that they compile. A folder that the environment names already (TORCHINDUCTOR_CACHE_DIR) is left as it is.
+    """
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = f"torch {torch.__version__} cuda {torch.version.cuda} triton {triton} {where}"
+    folder = cache_dir() / "compiled" / re.sub(r"[^A-Za-z0-9.]+", "-", key)
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
