@@ -163,8 +163,7 @@ class Fast:
     def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
-        if not self.model.training:
-            self.model.train()
+        self.model.train()
         return self._loss(x_adv, y, teacher_features)
 
     def average(self, weight: float | Tensor) -> None:

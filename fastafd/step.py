@@ -82,10 +82,7 @@ class TrainStep:
         self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
         self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
         if self.device.type == "cuda":
-            self.graphs = Graphs(self._recorded, self.device, self.console)
-            self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
-            self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
-            self._weight = torch.zeros((), device=self.device)
+            self._replay(Graphs(self._recorded, self.device, self.console))
         self._fuse()
 
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
@@ -261,6 +258,13 @@ class TrainStep:
         self.console.line(f"compiled in {time.perf_counter() - began:.1f} s ({parts})")
         return metrics
 
+    def _replay(self, graphs: Graphs) -> None:
+        """Launch every step from now on by `graphs`."""
+        self.graphs = graphs
+        self._weight = torch.zeros((), device=self.device)
+        self._rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
+        self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
+
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
         """`_run` as a CUDA graph takes it."""
         metrics, seen = self._run(inputs, self._weight, self._phases)
@@ -272,7 +276,7 @@ class TrainStep:
         self._weight.fill_(weight)
         for group, held in zip(self.optimizer.param_groups, self._rates, strict=True):
             if group["lr"] is not held:  # somebody has set it since
-                held.fill_(float(group["lr"]))
+                held.fill_(group["lr"])
                 group["lr"] = held
 
     def _fuse(self) -> None:
