@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import plain
 from fastafd.kernels import afd_loss, attack_head, augment, kl_loss, linf_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,16 +59,10 @@ def afd_case(size: str) -> Case:
         leaves = [v.requires_grad_() for v in (normal(BATCH, width).relu(), *parameters)]
         return leaves, normal(BATCH, width).relu(), labels(classes)
 
-    def plain(leaves: list[Tensor], t: Tensor, y: Tensor) -> Any:
+    def written_out(leaves: list[Tensor], t: Tensor, y: Tensor) -> Any:
         g, *rest = leaves
         d1, d2, w, b = (v.to(g.dtype) for v in rest)
-        f1, f2 = F.linear(g, d1), F.linear(g.detach(), d2)
-        z1, z2 = F.linear(f1, w, b).float(), F.linear(f2, w.detach(), b.detach()).float()
-        wrong = z1.detach().scatter(1, y[:, None], float("-inf")).argmax(1)
-        exclusion = F.cosine_similarity(f1.float(), f2.detach().float()).mean() - 1
-        alignment = 1 - F.cosine_similarity(f1.float(), t.float()).mean()
-        confused, cross_entropy = F.cross_entropy(z2, wrong), F.cross_entropy(z1, y)
-        total = WEIGHTS["alpha"] * confused + WEIGHTS["beta"] * exclusion + cross_entropy + WEIGHTS["gamma"] * alignment
+        total, z1, wrong = plain.afd_loss(g, t, y, d1, d2, w, b, **WEIGHTS)
         return total.detach(), z1.detach(), wrong, torch.autograd.grad(total, leaves)
 
     def ours(leaves: list[Tensor], t: Tensor, y: Tensor) -> Any:
@@ -77,7 +72,7 @@ def afd_case(size: str) -> Case:
 
     leaves, t, y = draw()
     logits = 4 * BATCH * classes
-    return Case(draw, plain, ours, 2 * nbytes(*leaves) + nbytes(t, y) + logits + 8 * BATCH)
+    return Case(draw, written_out, ours, 2 * nbytes(*leaves) + nbytes(t, y) + logits + 8 * BATCH)
 
 
 def head_case(size: str) -> Case:
@@ -88,12 +83,12 @@ def head_case(size: str) -> Case:
         weight = normal(classes, width, dtype=torch.float32) / width**0.5
         return a, labels(classes), weight, normal(classes, dtype=torch.float32)
 
-    def plain(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def written_out(a: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
         z = F.linear(a.relu().mean((2, 3)), w.to(a.dtype), b.to(a.dtype)).float()
         return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), a)[0]
 
     a, y, w, b = draw()
-    return Case(draw, plain, attack_head, 2 * nbytes(a) + nbytes(y, w, b))
+    return Case(draw, written_out, attack_head, 2 * nbytes(a) + nbytes(y, w, b))
 
 
 def kl_case(size: str) -> Case:
@@ -102,7 +97,7 @@ def kl_case(size: str) -> Case:
     def draw() -> tuple[Any, ...]:
         return tuple(normal(BATCH, classes).requires_grad_() for _ in range(2))
 
-    def plain(z: Tensor, natural: Tensor) -> Any:
+    def written_out(z: Tensor, natural: Tensor) -> Any:
         loss = F.kl_div(z.float().log_softmax(1), natural.float().softmax(1), reduction="batchmean")
         return loss.detach(), torch.autograd.grad(loss, (z, natural))
 
@@ -110,7 +105,7 @@ def kl_case(size: str) -> Case:
         loss = kl_loss(z, natural)
         return loss.detach(), torch.autograd.grad(loss, (z, natural))
 
-    return Case(draw, plain, ours, 2 * nbytes(*draw()))
+    return Case(draw, written_out, ours, 2 * nbytes(*draw()))
 
 
 def images() -> Tensor:
@@ -121,15 +116,14 @@ def step_case(size: str) -> Case:
     def draw() -> tuple[Any, ...]:
         return images(), normal(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last), images()
 
-    def plain(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-        stepped = x_adv + 2 / 255 * grad.sign()
-        return x_adv.copy_(torch.clamp(torch.clamp(stepped, x - 8 / 255, x + 8 / 255), 0.0, 1.0))
+    def written_out(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        return x_adv.copy_(plain.linf_step(x_adv, grad, x, 8 / 255, 2 / 255))
 
     def ours(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
         return linf_step(x_adv, grad, x, 8 / 255, 2 / 255)
 
     x_adv, grad, x = draw()
-    return Case(draw, plain, ours, nbytes(x_adv, x_adv, grad, x))
+    return Case(draw, written_out, ours, nbytes(x_adv, x_adv, grad, x))
 
 
 def augment_case(size: str) -> Case:
@@ -137,15 +131,13 @@ def augment_case(size: str) -> Case:
         x = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8, device=DEVICE)
         return x, torch.randint(0, 9, (BATCH, 2), device=DEVICE), torch.rand(BATCH, device=DEVICE) < 0.5
 
-    def plain(x: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0, 4, 4, 4, 4))
-        at = torch.arange(32, device=x.device)
-        rows, columns = offsets[:, :1] + at, offsets[:, 1:] + torch.where(flips[:, None], 31 - at, at)
-        cropped = padded[torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
-        return cropped.permute(0, 3, 1, 2).float().div_(255)
-
     drawn = draw()
-    return Case(draw, plain, lambda *v: augment(*v, 4), nbytes(*drawn) + 4 * drawn[0].numel())
+    return Case(
+        draw,
+        lambda x, offsets, flips: plain.augment(x, offsets, flips, 4),
+        lambda *v: augment(*v, 4),
+        nbytes(*drawn) + 4 * drawn[0].numel(),
+    )
 
 
 CASES = {"afd_loss": afd_case, "attack_head": head_case, "kl_loss": kl_case}

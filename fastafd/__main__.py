@@ -11,6 +11,7 @@ from fastafd.settings import unknown
 VERBS = {
     "train": "pre-train or load a natural model, fine-tune it with AFD, evaluate, save",
     "pretrain": "train a natural model",
+    "verify": "hold the fast step to plain PyTorch in float64, on this machine",
     "evaluate": "clean, PGD-20 and AutoAttack accuracy of a run or of any weights",
 }
 

@@ -26,7 +26,7 @@ from fastafd.ema import EMA
 from fastafd.engine import Engine, Fast, Reference, keep_compiled, resolve_amp, resolve_engine
 from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
-from fastafd.methods import Method
+from fastafd.methods import Loss, Method
 from fastafd.models import Disentangled, disentangle
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError, unknown
@@ -65,7 +65,7 @@ class TrainStep:
         self.ema = None if ema_decay is None else EMA(model, ema_decay)
         self.augment = augment
         amp = resolve_amp(amp, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=amp == "fp16")
         self.generator = torch.Generator(self.device).manual_seed(seed)  # the attack's starts
         self.console = console or Console()
         self.timer = self._phases = PhaseTimer(self.device)
@@ -129,7 +129,8 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
-        self.scaler.load_state_dict(state.get("scaler", {}))
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -194,17 +195,21 @@ class TrainStep:
             with timer("probe"):
                 probed = self._probe(y, x, x_adv, teacher_features)
         with timer("update"):
-            out = self.engine.loss(x_adv, y, teacher_features)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(out.total).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            out = self._update(x_adv, y, teacher_features)
         if self.ema is not None:
             with timer("ema"):
                 self.engine.average(weight)
         accuracy = "adversarial_accuracy" if self.method.adversarial else "clean_accuracy"
         correct = (out.logits.argmax(1) == y).float().mean()
         return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}, (x, x_adv, teacher_features)
+
+    def _update(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+        out = self.engine.loss(x_adv, y, teacher_features)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(out.total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return out
 
     def _pixels(self, images: Tensor, offsets: Tensor | None, flips: Tensor | None) -> Tensor:
         if images.dtype != torch.uint8:

@@ -23,7 +23,7 @@ LAYERS = [
     ["cli"],
     ["evaluate"],
     ["pretrain"],
-    ["train"],
+    ["train", "verify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,458 @@
+"""Seconds of an epoch of AFD and of natural training, as others would write them and as fastafd runs them.
+
+    python -m benchmarks.epoch_time --data-dir CIFAR10_TREE         # on a GPU: samples of steps, then whole epochs
+    python -m benchmarks.epoch_time --quick                         # samples alone, of random pixels: a few minutes
+    python -m benchmarks.epoch_time --device cpu --arch resnet18 --tasks afd --batch 32 --steps 1 --quick
+
+One process, all forms alive at once and timed in turn, round after round; the median of the rounds and their extremes.
+
+    naive        paper-style, but the attack in train mode by loss.backward(): weight gradients formed and dropped
+    paper-style  eager fp32 NCHW, PyTorch's default TF32 setting, the input's gradient by autograd.grad
+    strong       eager bf16 channels_last (fp32 on a CPU)
+    compiled     strong under torch.compile
+    fast         fastafd's fast engine; on CUDA one graph a step
+    fast, without X   plain PyTorch in the place of kernel X, compiled
+
+An epoch is 390 batches of 128 of CIFAR-10's 50,000 images, the last short one dropped. A sample's epoch is its median
+step times 390; "whole epoch" rows run all of it, loader included. FLOPs are counted (FlopCounterMode), not assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastafd.attacks.pgd
+import fastafd.attacks.snapshot
+import fastafd.data.augment
+import fastafd.methods.afd
+from benchmarks import plain
+from benchmarks.kernels import device_name
+from fastafd.attacks import input_gradient
+from fastafd.data import Augment, Loader, load_dataset, make_loader
+from fastafd.engine import Fast, resolve_amp
+from fastafd.graphs import WARM_UPS
+from fastafd.kernels.afd_loss import AFDLoss
+from fastafd.kernels.attack_head import attack_head_reference
+from fastafd.methods import Natural
+from fastafd.models import build_model, disentangle
+from fastafd.optim import make_sgd
+from fastafd.recipes import released
+from fastafd.settings import cache_dir
+from fastafd.step import AFDStep, TrainStep, resolve_device
+
+HERE = Path(__file__).parent
+IMAGES = 50_000
+PAPER = {"afd": 46.0, "natural": 6.0}  # s an epoch, ResNet-18 on CIFAR-10, one RTX 4090: Table 5 of the AFD paper
+# s an epoch of the kernels of a layer-by-layer implementation, by a roofline of the device: a model, not a measurement
+LIMIT = {("H100", "resnet18"): 2.2, ("H100", "wrn34_10"): 21.9, ("H200", "resnet18"): 2.0, ("H200", "wrn34_10"): 21.5}
+Step = Callable[[Tensor, Tensor], Any]
+
+
+# -- the forms ----------------------------------------------------------------------------------------------------
+
+
+def fast_step(net: nn.Module, task: str, amp: str) -> TrainStep:
+    net = copy.deepcopy(net)
+    if task == "natural":
+        optimizer = make_sgd(net, 1e-3, 0.9, 5e-4)
+        return TrainStep(net, optimizer, Natural(), amp=amp, engine="fast", augment=Augment(4, True, 0))
+    model, recipe = disentangle(net), released()
+    optimizer = make_sgd(model, 1e-3, 0.9, recipe.sgd.weight_decay, recipe.d2_weight_decay)
+    return AFDStep(model, net, optimizer, recipe, amp=amp, engine="fast", augment=Augment(4, True, 0))
+
+
+def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
+    steps = released().attack.steps if task == "afd" else 0
+    return plain.PlainStep(disentangle(net), disentangle(net).backbone, steps, **form)
+
+
+def forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
+    """How to make every form of a step of the task ("afd" or "natural"), by name; `kernels`: those to do without."""
+    low = torch.bfloat16 if amp == "bf16" else None
+    last: dict[str, Any] = {"layout": torch.channels_last, "amp": low}
+    found: dict[str, Callable[[], Step]] = {}
+    if task == "afd":
+        found["naive"] = lambda: plain_step(net, task, naive=True)
+    found["paper-style"] = lambda: plain_step(net, task)
+    found["strong"] = lambda: plain_step(net, task, **last)
+    found["compiled"] = lambda: plain_step(net, task, **last, compiled=True)
+    found["fast"] = lambda: fast_step(net, task, amp)
+    for kernel in kernels if task == "afd" else []:
+        found[f"fast, without {kernel}"] = lambda kernel=kernel: without(kernel, fast_step(net, task, amp))  # type: ignore[misc]
+    return found
+
+
+def plain_afd_loss(g: Tensor, t: Tensor, y: Tensor, *weights: Tensor, classifier_alpha: float, **of: float) -> AFDLoss:
+    d1, d2, w, b = (v.to(g.dtype) for v in weights)
+    total, logits, wrong = plain.afd_loss(g, t, y, d1, d2, w, b, **of)
+    names = ("confused", "exclusion", "cross_entropy", "alignment")
+    return AFDLoss(total, {name: total.detach() for name in names}, logits.detach(), wrong)
+
+
+def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> Tensor:
+    return x_adv.copy_(plain.linf_step(x_adv, grad, x, eps, step_size))
+
+
+# Each kernel: where its caller looks it up, and plain PyTorch in its place. What stands outside the compiled functions
+# is compiled by itself; what stands inside is compiled with what is around it.
+INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
+    "linf_step": (fastafd.attacks.pgd, torch.compile(step_in_place, dynamic=False)),
+    "attack_head": (fastafd.attacks.snapshot, attack_head_reference),
+    "afd_loss": (fastafd.methods.afd, plain_afd_loss),
+}
+
+
+def without(kernel: str, step: Step) -> Step:
+    """The step with plain PyTorch in the kernel's place."""
+    module, instead = INSTEAD[kernel]
+
+    def run(x: Tensor, y: Tensor) -> Any:
+        with mock.patch.object(module, kernel, instead):
+            return step(x, y)
+
+    return run
+
+
+# -- clocks -------------------------------------------------------------------------------------------------------
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    wait(device)
+    began = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def sampled(
+    builders: dict[str, Callable[[], Step]], batches: list[tuple[Tensor, Tensor]], rounds: int, device: torch.device
+) -> tuple[dict[str, Step], dict[str, dict[str, Any]]]:
+    """The steps, and of each: its first call, its peak memory, and the seconds of a step in every round."""
+    steps: dict[str, Step] = {}
+    found: dict[str, dict[str, Any]] = {}
+    warm = WARM_UPS + 2 if device.type == "cuda" else 1
+    for name, build in builders.items():
+        before = 0
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        step = steps[name] = build()
+        first = seconds_of(lambda step=step: step(*batches[0]), device)  # type: ignore[misc]
+        for index in range(warm):
+            step(*batches[index % len(batches)])
+        wait(device)
+        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        found[name] = {"first_call_s": first, "peak_bytes": peak, "step_s": []}
+        print(f"{name}: first call {first:.1f} s", file=sys.stderr, flush=True)
+
+    def all_batches(step: Step) -> None:
+        for batch in batches:
+            step(*batch)
+
+    for _ in range(rounds):
+        for name, step in steps.items():
+            spent = seconds_of(lambda step=step: all_batches(step), device)  # type: ignore[misc]
+            found[name]["step_s"].append(spent / len(batches))
+    return steps, found
+
+
+def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
+    """Seconds of each part of a fast step by itself, on CUDA each from a graph of its own; `inputs` is the host's."""
+    engine, inputs = step.engine, step._inputs(*batch)
+    images, y, offsets, flips, noise = inputs
+    assert isinstance(engine, Fast)
+    x = step._pixels(images, offsets, flips)
+    weight = step._weight if step.graphs is not None else 0.001
+    parts: dict[str, Callable[[], Any]] = {"augment": lambda: step._pixels(images, offsets, flips)}
+    features, x_adv = None, x
+    if step.attack is not None:
+
+        def teach() -> Tensor:
+            found = engine.teacher_features(x)
+            if engine.side is not None:
+                torch.cuda.current_stream().wait_stream(engine.side)
+            return found
+
+        features, x_adv = teach(), engine.perturb(x, noise, y)
+        parts |= {"teacher": teach, "fold": engine._refresh, "attack": lambda: engine.perturb(x, noise, y)}
+    parts["update"] = lambda: step._update(x_adv, y, features)
+    if step.ema is not None:
+        parts["ema"] = lambda: engine.average(weight)
+    found = {"inputs": median_seconds(lambda: step._inputs(*batch), device, graph=False)}
+    return found | {name: median_seconds(part, device, graph=device.type == "cuda") for name, part in parts.items()}
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, rounds: int = 5) -> float:
+    call()
+    if graph:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                call()
+        wait(device)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded, stream=stream):
+            call()
+        call = recorded.replay
+    many = 20 if device.type == "cuda" else 1
+
+    def repeat() -> None:
+        for _ in range(many):
+            call()
+
+    return statistics.median(seconds_of(repeat, device) / many for _ in range(rounds))
+
+
+def product_flops(device: torch.device, amp: str) -> float:
+    """FLOP/s of a large square matrix product in the run's type: what a share of the peak is a share of."""
+    size, dtype = (8192, torch.bfloat16 if amp == "bf16" else torch.float32) if device.type == "cuda" else (1024, None)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, graph=False)
+
+
+def counted_flops(arch: str, task: str) -> int:
+    """FLOPs of one image's step, counted on the meta device: attack, teacher, update with all its gradients."""
+    with torch.device("meta"):
+        net = build_model(arch, 10)
+        model, x, y = disentangle(net), torch.empty(1, 3, 32, 32), torch.empty(1, dtype=torch.int64)
+
+    def gradient() -> None:
+        model.eval().requires_grad_(False)
+        input_gradient(model, x.detach().requires_grad_() * 1, y)  # the counter does not take a leaf
+        model.train().requires_grad_()
+
+    def update() -> None:
+        if task == "natural":
+            torch.nn.functional.cross_entropy(model.classifier(model.features(x)), y).backward()
+            return
+        weights = (model.d1.weight, model.d2.weight, model.classifier.weight, model.classifier.bias)
+        features = model.features(x)
+        total, *_ = plain.afd_loss(features, torch.empty_like(features), y, *weights, alpha=1, beta=1, gamma=1)
+        total.backward()
+
+    def count(call: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    if task == "natural":
+        return count(update)
+    with torch.no_grad():
+        teacher = count(lambda: model.features(x))
+    return released().attack.steps * count(gradient) + teacher + count(update)
+
+
+# -- what is measured ---------------------------------------------------------------------------------------------
+
+
+def rows_of(arch: str, task: str, found: dict[str, dict[str, Any]], batch: int, product: float) -> list[dict[str, Any]]:
+    flops, per_epoch = counted_flops(arch, task), IMAGES // batch
+    rows = []
+    for form, measured in found.items():
+        step = statistics.median(measured["step_s"])
+        row = {"arch": arch, "task": task, "form": form, "epoch_s": step * per_epoch}
+        row |= {"fastest_s": min(measured["step_s"]) * per_epoch, "slowest_s": max(measured["step_s"]) * per_epoch}
+        row |= {"images_s": batch / step, "tflops": batch * flops / step / 1e12}
+        row |= {"of_product": batch * flops / step / product, "first_call_s": measured["first_call_s"]}
+        rows.append(row | {"peak_gib": None if measured["peak_bytes"] is None else measured["peak_bytes"] / 2**30})
+    paper_style = next(row["epoch_s"] for row in rows if row["form"] == "paper-style")
+    return [row | {"times_paper_style": paper_style / row["epoch_s"]} for row in rows]
+
+
+def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs: int) -> list[dict[str, Any]]:
+    """Seconds of whole epochs, data included, and of the loader alone."""
+    found = []
+    for loader in loaders:
+
+        def run(epoch: int, loader: Loader = loader) -> None:
+            for batch in loader.epoch(epoch):
+                step(*batch)
+
+        def deliver(epoch: int, loader: Loader = loader) -> None:
+            for _ in loader.epoch(epoch):
+                pass
+
+        alone = seconds_of(lambda: deliver(0), device)
+        spent = [seconds_of(lambda epoch=epoch: run(epoch), device) for epoch in range(epochs)]  # type: ignore[misc]
+        images = len(loader) * loader.batch_size
+        found.append({"loader": loader.kind, "epoch_s": statistics.median(spent), "all_s": spent, "steps": len(loader)})
+        found[-1] |= {"images_s": images / statistics.median(spent), "loader_alone_images_s": images / alone}
+    return found
+
+
+def compile_seconds(arch: str, device: torch.device, batch: int) -> dict[str, float]:
+    """Seconds until the first AFD step is done, in processes with an empty and then a full compiler cache."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder + "/triton"}
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-m", "benchmarks.epoch_time", "--first-step", "--arch", arch]
+            command += ["--batch", str(batch), "--device", str(device)]
+            done = subprocess.run(command, env=os.environ | caches, cwd=HERE.parent, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the first step of {arch} failed: {done.stderr[-2000:]}")
+            found[name] = float(done.stdout.splitlines()[-1])
+    return found
+
+
+def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device),
+            torch.randint(0, 10, (batch,), generator=generator).to(device),
+        )
+        for _ in range(count)
+    ]
+
+
+def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
+    """Everything, written to `out` after each network and task, so that what was cut short keeps what it has."""
+    amp = resolve_amp("auto", device)
+    product = product_flops(device, amp)
+    result: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "date": str(date.today())}
+    result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
+    result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": released().attack.steps}
+    result |= {"rows": [], "phases": [], "whole": [], "compile": []}
+    batches = random_batches(given.batch, given.steps, device)
+    dataset = None if given.data_dir is None else load_dataset("cifar10", given.data_dir)
+    for arch in given.arch:
+        for task in given.tasks:
+            print(f"-- {arch}, {task}", file=sys.stderr, flush=True)
+            torch.manual_seed(0)
+            net = build_model(arch, 10).to(device)
+            steps, found = sampled(forms(net, task, amp, given.without), batches, given.rounds, device)
+            result["rows"] += rows_of(arch, task, found, given.batch, product)
+            fast = steps["fast"]
+            assert isinstance(fast, TrainStep)
+            about = {"arch": arch, "task": task}
+            if dataset is not None:
+                shape: dict[str, Any] = {"batch_size": given.batch, "seed": 0, "device": device, "cache": cache_dir()}
+                loaders = [
+                    make_loader(kind, dataset.train, name="cifar10", report=print, **shape)
+                    for kind in ("ffcv", "resident")
+                ]
+                result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, given.epochs)]
+            result["phases"].append(about | {"seconds": phases(fast, batches[0], device)})
+            out.write_text(json.dumps(result, indent=1) + "\n")
+            del steps, fast
+            torch._dynamo.reset()
+        if not given.quick:
+            result["compile"].append({"arch": arch} | compile_seconds(arch, device, given.batch))
+            out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+# -- what is said of it -------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: every form, the paper and the limit beside them."""
+    head = ["network", "task", "form", "s/epoch", "fastest to slowest", "x paper-style", "images/s", "TFLOP/s"]
+    head += ["of a product's", "peak GiB", "first call s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in found["rows"]:
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        cells = [row["arch"], row["task"], row["form"], f"{row['epoch_s']:.2f}"]
+        cells += [f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['times_paper_style']:.2f}"]
+        cells += [f"{row['images_s']:.0f}", f"{row['tflops']:.2f}", f"{row['of_product']:.0%}", peak]
+        lines.append("| " + " | ".join([*cells, f"{row['first_call_s']:.1f}"]) + " |")
+    for row in found["whole"]:
+        form = f"fast, whole epoch, {row['loader']}"
+        cells = [row["arch"], row["task"], form, f"{row['epoch_s']:.2f}"]
+        cells += [f"{min(row['all_s']):.2f} to {max(row['all_s']):.2f}", "", f"{row['images_s']:.0f}", "", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    for task, seconds in PAPER.items():
+        cells = ["resnet18", task, "the paper's Table 5, on an RTX 4090", f"{seconds:.0f}", *7 * [""]]
+        lines.append("| " + " | ".join(cells) + " |")
+    for (device, arch), seconds in LIMIT.items():
+        if device in found["device"]:
+            cells = [arch, "afd", f"limit: a roofline model of an {device}", f"{seconds:.1f}", *7 * [""]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was measured on what, when and how."""
+    said = f"{found['device']}, {found['amp']}, batch {found['batch']}, PGD-{found['pgd_steps']}, "
+    said += (
+        f"PyTorch {found['torch']}, {found['threads']} CPU threads, {found['date']}. Rows without a loader: the median "
+    )
+    said += (
+        f"of {found['rounds']} rounds of {found['steps']} steps of random pixels, times {IMAGES // found['batch']}. "
+    )
+    said += f"A matrix product reaches {found['product_tflops']:.3g} TFLOP/s."
+    for row in found["phases"]:
+        parts = ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in row["seconds"].items())
+        said += f"\n\nMilliseconds of the parts of a fast step alone, {row['arch']}, {row['task']}: {parts}."
+    for row in found["whole"]:
+        said += f"\n\nThe {row['loader']} loader alone: {row['loader_alone_images_s']:.0f} images/s."
+    for row in found["compile"]:
+        said += f"\n\nUntil the first AFD step of {row['arch']} is done, compiler caches empty: {row['cold']:.0f} s; "
+        said += f"full: {row['warm']:.0f} s."
+    return said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.epoch_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--arch", nargs="+", default=["resnet18", "wrn34_10"], help="networks")
+    parser.add_argument("--tasks", nargs="+", default=["afd", "natural"], choices=["afd", "natural"])
+    parser.add_argument("--batch", type=int, default=128, help="images a step")
+    parser.add_argument("--steps", type=int, default=10, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=2, help="whole epochs of each loader")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=list(INSTEAD), help="kernels to do without, in turn"
+    )
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10: whole epochs of it")
+    parser.add_argument("--quick", action="store_true", help="samples of steps alone, and no compile times")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that mean nothing")
+    parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    device = resolve_device(given.device)
+    if given.tiny:
+        given.arch, given.batch, given.steps, given.rounds, given.quick = ["resnet8_half"], 8, 1, 2, True
+    if given.first_step:
+        began = time.perf_counter()
+        fast_step(build_model(given.arch[0], 10).to(device), "afd", resolve_amp("auto", device))(
+            *random_batches(given.batch, 1, device)[0]
+        )
+        wait(device)
+        print(time.perf_counter() - began)
+        return 0
+    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if device.type == "cuda" else "cpu"
+    out = given.out or HERE / "results" / f"epoch-time-{name}.json"
+    result = measure(given, device, out)
+    print(f"{table(result)}\n\n{about(result)}\n\nall of it in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
