@@ -45,9 +45,10 @@ import fastafd.data.augment
 import fastafd.methods.afd
 from benchmarks import plain
 from benchmarks.kernels import device_name
+from fastafd.afd_step import AFDStep
 from fastafd.attacks import input_gradient
 from fastafd.data import Augment, Loader, load_dataset, make_loader
-from fastafd.engine import Fast, resolve_amp
+from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
 from fastafd.kernels.afd_loss import AFDLoss
 from fastafd.kernels.attack_head import attack_head_reference
@@ -56,7 +57,7 @@ from fastafd.models import build_model, disentangle
 from fastafd.optim import make_sgd
 from fastafd.recipes import released
 from fastafd.settings import cache_dir
-from fastafd.step import AFDStep, TrainStep, resolve_device
+from fastafd.step import TrainStep
 
 HERE = Path(__file__).parent
 IMAGES = 50_000

@@ -1,8 +1,8 @@
 """fastafd: adversarial fine-tuning via disentanglement (AFD), fast. Importing it touches neither CUDA nor triton."""
 
+from fastafd.afd_step import AFDStep
 from fastafd.attacks import PGD
 from fastafd.checkpoint import load_model
 from fastafd.models import Disentangled, disentangle
-from fastafd.step import AFDStep
 
 __all__ = ["PGD", "AFDStep", "Disentangled", "disentangle", "load_model"]

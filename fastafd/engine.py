@@ -216,6 +216,23 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
+def resolve_device(name: str) -> torch.device:
+    """The device of that name ("auto": a GPU if there is one). UsageError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(f"device: got {name!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and kernel launches go to the current device
+    return device
+
+
 def keep_compiled(device: torch.device) -> Path:
     """Let the compilers keep what they make in the cache folder, from one run to the next; returns the folder.
 

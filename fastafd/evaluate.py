@@ -26,10 +26,10 @@ from fastafd.attacks import PGD, check_classes, run_autoattack
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
+from fastafd.engine import resolve_device
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
-from fastafd.step import resolve_device
 
 EPS = 8 / 255
 PGD20 = PGD(eps=EPS, step_size=0.003, steps=20, random_start=True)  # the paper's evaluation attack

@@ -21,13 +21,13 @@ from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.engine import resolve_amp, resolve_engine
+from fastafd.engine import resolve_amp, resolve_device, resolve_engine
 from fastafd.loop import fit
 from fastafd.methods import Natural
 from fastafd.models import build_model
 from fastafd.optim import make_sgd
 from fastafd.settings import UsageError, cache_dir
-from fastafd.step import TrainStep, resolve_device
+from fastafd.step import TrainStep
 
 
 def main(argv: list[str]) -> None:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastafd.attacks import PGD
-from fastafd.config import TrainConfig
 from fastafd.console import Console
 from fastafd.data.augment import Augment, to_unit
 from fastafd.ema import EMA
@@ -28,8 +26,7 @@ from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Loss, Method
 from fastafd.models import Disentangled, disentangle
-from fastafd.recipes import find_recipe
-from fastafd.settings import UsageError, unknown
+from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
 # images, labels, crop offsets, flips, the attack's noise
@@ -292,63 +289,6 @@ class TrainStep:
             self.optimizer._step_supports_amp_scaling = True
 
 
-class AFDStep(TrainStep):
-    """The AFD step for any loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
-
-    model: `fastafd.disentangle(net)`; teacher: the natural classifier that `net` started from, frozen here as a copy;
-    optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.optim.make_sgd`).
-    recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
-    classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
-    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
-    engine: "fast" (compiled, the attack on a BN-folded snapshot, on CUDA one graph a step), "reference" (plain
-    PyTorch), or "auto": fast on CUDA. The fast engine makes an SGD optimizer a fused one, and its rates tensors; weight
-    decay and momentum are those of the first steps. A batch of another shape is compiled anew.
-    `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
-    Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
-    """
-
-    def __init__(
-        self,
-        model: Disentangled,
-        teacher: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        recipe: str | TrainConfig = "released",
-        attack: PGD | None = None,
-        amp: str = "auto",
-        engine: str = "auto",
-        augment: Augment | None = None,
-        console: Console | None = None,
-        **fields: Any,
-    ):
-        if not isinstance(model, Disentangled):
-            raise ValueError(f"AFDStep takes fastafd.disentangle(net), not {type(model).__name__}")
-        config = find_recipe(recipe) if isinstance(recipe, str) else recipe
-        attack = attack or config.attack
-        own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
-        of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
-        for name in fields:
-            if name not in (*of_method, *of_attack, *own):
-                raise unknown("AFDStep", name, [*of_method, *of_attack, *own])
-        super().__init__(
-            model,
-            optimizer,
-            replace(config.method, **{name: fields[name] for name in fields if name in of_method}),  # type: ignore[type-var]
-            teacher=teacher,
-            attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
-            amp=amp,
-            engine=engine,
-            augment=augment,
-            console=console,
-            **own | {name: fields[name] for name in fields if name in own},
-        )
-
-    def averaged(self) -> Disentangled:
-        """The weight average, to be evaluated or merged."""
-        model = super().averaged()
-        assert isinstance(model, Disentangled)
-        return model
-
-
 def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:
     """Distances of (B,D) features per sample, then their mean: `name`_l1, _l2, _linf, and _cosine (1 - cos)."""
     difference = u.float() - v.float()
@@ -357,23 +297,6 @@ def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:
 
 
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name ("auto": a GPU if there is one). UsageError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise UsageError(f"device: got {name!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and kernel launches go to the current device
-    return device
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from fastafd import cli
+from fastafd.afd_step import AFDStep
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, load_dataset
-from fastafd.engine import resolve_amp, resolve_engine
+from fastafd.engine import resolve_amp, resolve_device, resolve_engine
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit
@@ -35,7 +36,6 @@ from fastafd.optim import make_sgd
 from fastafd.pretrain import about, loader_of, natural_model, pretrain
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
-from fastafd.step import AFDStep, resolve_device
 
 
 def main(argv: list[str]) -> None:

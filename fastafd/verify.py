@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastafd import cli
+from fastafd.afd_step import AFDStep
 from fastafd.console import Console
 from fastafd.data import Dataset, load_dataset, make_loader, to_unit
-from fastafd.engine import resolve_amp
+from fastafd.engine import resolve_amp, resolve_device
 from fastafd.evaluate import provenance
 from fastafd.files import as_json, save_text
 from fastafd.graphs import WARM_UPS
@@ -44,7 +45,7 @@ from fastafd.models import build_model, check_model, disentangle
 from fastafd.optim import make_sgd
 from fastafd.recipes import released
 from fastafd.settings import RunError, cache_dir, check, choice, number, path, setting, text
-from fastafd.step import AFDStep, TrainStep, resolve_device
+from fastafd.step import TrainStep
 
 FLOOR = 2.0**-22  # what a distance may exceed twice eager's by: a few roundings in fp32
 NATURAL, BEFORE = 20, 5  # steps of natural training, then of AFD, before the first comparison

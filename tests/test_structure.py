@@ -19,6 +19,7 @@ LAYERS = [
     ["config", "engine"],
     ["recipes"],
     ["step"],
+    ["afd_step"],
     ["loop"],
     ["cli"],
     ["evaluate"],

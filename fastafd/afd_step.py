@@ -1,0 +1,75 @@
+"""The AFD step that any loop may import: a recipe's, on the user's own model, teacher and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastafd.attacks import PGD
+from fastafd.config import TrainConfig
+from fastafd.console import Console
+from fastafd.data import Augment
+from fastafd.models import Disentangled
+from fastafd.recipes import find_recipe
+from fastafd.settings import unknown
+from fastafd.step import TrainStep
+
+
+class AFDStep(TrainStep):
+    """The AFD step for any loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
+
+    model: `fastafd.disentangle(net)`; teacher: the natural classifier that `net` started from, frozen here as a copy;
+    optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.optim.make_sgd`).
+    recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
+    classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
+    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
+    engine: "fast" (compiled, the attack on a BN-folded snapshot, on CUDA one graph a step), "reference" (plain
+    PyTorch), or "auto": fast on CUDA. The fast engine makes an SGD optimizer a fused one, and its rates tensors; weight
+    decay and momentum are those of the first steps. A batch of another shape is compiled anew.
+    `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
+    Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
+    """
+
+    def __init__(
+        self,
+        model: Disentangled,
+        teacher: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: str | TrainConfig = "released",
+        attack: PGD | None = None,
+        amp: str = "auto",
+        engine: str = "auto",
+        augment: Augment | None = None,
+        console: Console | None = None,
+        **fields: Any,
+    ):
+        if not isinstance(model, Disentangled):
+            raise ValueError(f"AFDStep takes fastafd.disentangle(net), not {type(model).__name__}")
+        config = find_recipe(recipe) if isinstance(recipe, str) else recipe
+        attack = attack or config.attack
+        own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
+        of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
+        for name in fields:
+            if name not in (*of_method, *of_attack, *own):
+                raise unknown("AFDStep", name, [*of_method, *of_attack, *own])
+        super().__init__(
+            model,
+            optimizer,
+            replace(config.method, **{name: fields[name] for name in fields if name in of_method}),  # type: ignore[type-var]
+            teacher=teacher,
+            attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
+            amp=amp,
+            engine=engine,
+            augment=augment,
+            console=console,
+            **own | {name: fields[name] for name in fields if name in own},
+        )
+
+    def averaged(self) -> Disentangled:
+        """The weight average, to be evaluated or merged."""
+        model = super().averaged()
+        assert isinstance(model, Disentangled)
+        return model
