@@ -20,7 +20,6 @@ step times 390; "whole epoch" rows run all of it, loader included. FLOPs are cou
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import re
@@ -33,28 +32,17 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-import fastafd.attacks.pgd
-import fastafd.attacks.snapshot
-import fastafd.data.augment
-import fastafd.methods.afd
-from benchmarks import plain
+from benchmarks.clock import limits, median_seconds, seconds_of, wait
+from benchmarks.forms import INSTEAD, Step, counted_flops, forms, our_step
 from benchmarks.kernels import device_name
-from fastafd.afd_step import AFDStep
-from fastafd.attacks import input_gradient
-from fastafd.data import Augment, Loader, load_dataset, make_loader
+from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
-from fastafd.kernels.afd_loss import AFDLoss
-from fastafd.kernels.attack_head import attack_head_reference
-from fastafd.methods import Natural
-from fastafd.models import build_model, disentangle
-from fastafd.optim import make_sgd
+from fastafd.models import build_model
 from fastafd.recipes import released
 from fastafd.settings import cache_dir
 from fastafd.step import TrainStep
@@ -64,89 +52,6 @@ IMAGES = 50_000
 PAPER = {"afd": 46.0, "natural": 6.0}  # s an epoch, ResNet-18 on CIFAR-10, one RTX 4090: Table 5 of the AFD paper
 # s an epoch of the kernels of a layer-by-layer implementation, by a roofline of the device: a model, not a measurement
 LIMIT = {("H100", "resnet18"): 2.2, ("H100", "wrn34_10"): 21.9, ("H200", "resnet18"): 2.0, ("H200", "wrn34_10"): 21.5}
-Step = Callable[[Tensor, Tensor], Any]
-
-
-# -- the forms ----------------------------------------------------------------------------------------------------
-
-
-def fast_step(net: nn.Module, task: str, amp: str) -> TrainStep:
-    net = copy.deepcopy(net)
-    if task == "natural":
-        optimizer = make_sgd(net, 1e-3, 0.9, 5e-4)
-        return TrainStep(net, optimizer, Natural(), amp=amp, engine="fast", augment=Augment(4, True, 0))
-    model, recipe = disentangle(net), released()
-    optimizer = make_sgd(model, 1e-3, 0.9, recipe.sgd.weight_decay, recipe.d2_weight_decay)
-    return AFDStep(model, net, optimizer, recipe, amp=amp, engine="fast", augment=Augment(4, True, 0))
-
-
-def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
-    steps = released().attack.steps if task == "afd" else 0
-    return plain.PlainStep(disentangle(net), disentangle(net).backbone, steps, **form)
-
-
-def forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
-    """How to make every form of a step of the task ("afd" or "natural"), by name; `kernels`: those to do without."""
-    low = torch.bfloat16 if amp == "bf16" else None
-    last: dict[str, Any] = {"layout": torch.channels_last, "amp": low}
-    found: dict[str, Callable[[], Step]] = {}
-    if task == "afd":
-        found["naive"] = lambda: plain_step(net, task, naive=True)
-    found["paper-style"] = lambda: plain_step(net, task)
-    found["strong"] = lambda: plain_step(net, task, **last)
-    found["compiled"] = lambda: plain_step(net, task, **last, compiled=True)
-    found["fast"] = lambda: fast_step(net, task, amp)
-    for kernel in kernels if task == "afd" else []:
-        found[f"fast, without {kernel}"] = lambda kernel=kernel: without(kernel, fast_step(net, task, amp))  # type: ignore[misc]
-    return found
-
-
-def plain_afd_loss(g: Tensor, t: Tensor, y: Tensor, *weights: Tensor, classifier_alpha: float, **of: float) -> AFDLoss:
-    d1, d2, w, b = (v.to(g.dtype) for v in weights)
-    total, logits, wrong = plain.afd_loss(g, t, y, d1, d2, w, b, **of)
-    names = ("confused", "exclusion", "cross_entropy", "alignment")
-    return AFDLoss(total, {name: total.detach() for name in names}, logits.detach(), wrong)
-
-
-def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> Tensor:
-    return x_adv.copy_(plain.linf_step(x_adv, grad, x, eps, step_size))
-
-
-# Each kernel: where its caller looks it up, and plain PyTorch in its place. What stands outside the compiled functions
-# is compiled by itself; what stands inside is compiled with what is around it.
-INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
-    "linf_step": (fastafd.attacks.pgd, torch.compile(step_in_place, dynamic=False)),
-    "attack_head": (fastafd.attacks.snapshot, attack_head_reference),
-    "afd_loss": (fastafd.methods.afd, plain_afd_loss),
-}
-
-
-def without(kernel: str, step: Step) -> Step:
-    """The step with plain PyTorch in the kernel's place."""
-    module, instead = INSTEAD[kernel]
-
-    def run(x: Tensor, y: Tensor) -> Any:
-        with mock.patch.object(module, kernel, instead):
-            return step(x, y)
-
-    return run
-
-
-# -- clocks -------------------------------------------------------------------------------------------------------
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - began
 
 
 def sampled(
@@ -182,10 +87,9 @@ def sampled(
 
 
 def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
-    """Seconds of each part of a fast step by itself, on CUDA each from a graph of its own; `inputs` is the host's."""
+    """Seconds of each part of a step by itself; on CUDA those of the fast engine each from a graph of its own."""
     engine, inputs = step.engine, step._inputs(*batch)
     images, y, offsets, flips, noise = inputs
-    assert isinstance(engine, Fast)
     x = step._pixels(images, offsets, flips)
     weight = step._weight if step.graphs is not None else 0.001
     parts: dict[str, Callable[[], Any]] = {"augment": lambda: step._pixels(images, offsets, flips)}
@@ -194,78 +98,27 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 
         def teach() -> Tensor:
             found = engine.teacher_features(x)
-            if engine.side is not None:
+            if isinstance(engine, Fast) and engine.side is not None:
                 torch.cuda.current_stream().wait_stream(engine.side)
             return found
 
         features, x_adv = teach(), engine.perturb(x, noise, y)
-        parts |= {"teacher": teach, "fold": engine._refresh, "attack": lambda: engine.perturb(x, noise, y)}
+        parts |= {"teacher": teach, "attack": lambda: engine.perturb(x, noise, y)}
+    if isinstance(engine, Fast) and engine.snapshot is not None:
+        parts["folding, of the attack"] = engine._refresh
     parts["update"] = lambda: step._update(x_adv, y, features)
     if step.ema is not None:
         parts["ema"] = lambda: engine.average(weight)
-    found = {"inputs": median_seconds(lambda: step._inputs(*batch), device, graph=False)}
-    return found | {name: median_seconds(part, device, graph=device.type == "cuda") for name, part in parts.items()}
+    rounds = 10 if device.type == "cuda" else 3
 
+    def by_hand(part: Callable[[], Any]) -> float:
+        part()
+        return statistics.median(seconds_of(part, device) for _ in range(rounds))
 
-def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, rounds: int = 5) -> float:
-    call()
-    if graph:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                call()
-        wait(device)
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, stream=stream):
-            call()
-        call = recorded.replay
-    many = 20 if device.type == "cuda" else 1
-
-    def repeat() -> None:
-        for _ in range(many):
-            call()
-
-    return statistics.median(seconds_of(repeat, device) / many for _ in range(rounds))
-
-
-def product_flops(device: torch.device, amp: str) -> float:
-    """FLOP/s of a large square matrix product in the run's type: what a share of the peak is a share of."""
-    size, dtype = (8192, torch.bfloat16 if amp == "bf16" else torch.float32) if device.type == "cuda" else (1024, None)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, device, graph=False)
-
-
-def counted_flops(arch: str, task: str) -> int:
-    """FLOPs of one image's step, counted on the meta device: attack, teacher, update with all its gradients."""
-    with torch.device("meta"):
-        net = build_model(arch, 10)
-        model, x, y = disentangle(net), torch.empty(1, 3, 32, 32), torch.empty(1, dtype=torch.int64)
-
-    def gradient() -> None:
-        model.eval().requires_grad_(False)
-        input_gradient(model, x.detach().requires_grad_() * 1, y)  # the counter does not take a leaf
-        model.train().requires_grad_()
-
-    def update() -> None:
-        if task == "natural":
-            torch.nn.functional.cross_entropy(model.classifier(model.features(x)), y).backward()
-            return
-        weights = (model.d1.weight, model.d2.weight, model.classifier.weight, model.classifier.bias)
-        features = model.features(x)
-        total, *_ = plain.afd_loss(features, torch.empty_like(features), y, *weights, alpha=1, beta=1, gamma=1)
-        total.backward()
-
-    def count(call: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops()
-
-    if task == "natural":
-        return count(update)
-    with torch.no_grad():
-        teacher = count(lambda: model.features(x))
-    return released().attack.steps * count(gradient) + teacher + count(update)
+    found = {"drawing": by_hand(lambda: step._inputs(*batch))}
+    for name, part in parts.items():
+        found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
+    return found
 
 
 # -- what is measured ---------------------------------------------------------------------------------------------
@@ -335,7 +188,7 @@ def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[T
 def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
     """Everything, written to `out` after each network and task, so that what was cut short keeps what it has."""
     amp = resolve_amp("auto", device)
-    product = product_flops(device, amp)
+    product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
     result: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
     result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": released().attack.steps}
@@ -359,7 +212,9 @@ def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[
                     for kind in ("ffcv", "resident")
                 ]
                 result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, given.epochs)]
-            result["phases"].append(about | {"seconds": phases(fast, batches[0], device)})
+            reference = our_step(net, task, amp, "reference")
+            for engine, step in (("reference", reference), ("fast", fast)):
+                result["phases"].append(about | {"engine": engine, "seconds": phases(step, batches[0], device)})
             out.write_text(json.dumps(result, indent=1) + "\n")
             del steps, fast
             torch._dynamo.reset()
@@ -410,7 +265,8 @@ def about(found: dict[str, Any]) -> str:
     said += f"A matrix product reaches {found['product_tflops']:.3g} TFLOP/s."
     for row in found["phases"]:
         parts = ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in row["seconds"].items())
-        said += f"\n\nMilliseconds of the parts of a fast step alone, {row['arch']}, {row['task']}: {parts}."
+        said += f"\n\nMilliseconds of the parts of a step of the {row['engine']} engine, each alone, {row['arch']}, "
+        said += f"{row['task']}: {parts}."
     for row in found["whole"]:
         said += f"\n\nThe {row['loader']} loader alone: {row['loader_alone_images_s']:.0f} images/s."
     for row in found["compile"]:
@@ -442,9 +298,8 @@ def main() -> int:
         given.arch, given.batch, given.steps, given.rounds, given.quick = ["resnet8_half"], 8, 1, 2, True
     if given.first_step:
         began = time.perf_counter()
-        fast_step(build_model(given.arch[0], 10).to(device), "afd", resolve_amp("auto", device))(
-            *random_batches(given.batch, 1, device)[0]
-        )
+        net = build_model(given.arch[0], 10).to(device)
+        our_step(net, "afd", resolve_amp("auto", device), "fast")(*random_batches(given.batch, 1, device)[0])
         wait(device)
         print(time.perf_counter() - began)
         return 0

@@ -1,11 +1,16 @@
-"""python -m benchmarks.table: the README's results table, in Markdown, from the JSON files under benchmarks/results/.
+"""The README's tables of results, in Markdown, from the JSON files under benchmarks/results/.
 
-Every number of the table comes from one of these files; a test holds the README to what this prints.
+    python -m benchmarks.table                  # natural and fine-tuned models
+    python -m benchmarks.table engines          # the fast engine's beside the reference's
+    python -m benchmarks.table natural RUNS     # JSON: RUNS/natural-ENGINE-SEED, evaluated (benchmarks/engines.sh)
+
+Every number of the tables comes from one of these files; a test holds the README to what this prints.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,12 @@ ROWS = [  # file, model in it, what the row says it is
     ("small-resnet18-natural", None, "ResNet-18, CIFAR-10, natural, as pyautoattack ships it"),
     ("small-resnet18-off", "AFD", "… fine-tuned, 100 steps of 64, terms off"),
     ("small-resnet18-afd", "AFD", "… fine-tuned, 100 steps of 64, AFD"),
+]
+ENGINES = [  # file, engine, what the row says it is
+    ("digits", "reference", "ResNet-8 of half width, recipe `digits`"),
+    ("digits-fast", "fast", "the same"),
+    ("small-resnet8-afd", "reference", "ResNet-8, 10,000 CIFAR-10 images, AFD, 8 epochs"),
+    ("small-resnet8-fast", "fast", "the same"),
 ]
 ATTACKS = ("clean", "pgd20", "autoattack")
 
@@ -40,5 +51,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def engines() -> str:
+    """Fine-tuned models of both engines."""
+    lines = ["| run | engine | clean | PGD-20 | AutoAttack | measured |", "|---|---|---|---|---|---|"]
+    for file, engine, label in ENGINES:
+        result = json.loads((RESULTS / f"{file}.json").read_text())
+        cells = " | ".join(cell(result["models"]["AFD"].get(attack)) for attack in ATTACKS)
+        link = f"[{file}](benchmarks/results/{file}.json), {result['date'][:10]}"
+        lines.append(f"| {label} | {engine} | {cells} | {link} |")
+    return "\n".join(lines)
+
+
+def natural(runs: Path) -> str:
+    """Clean and PGD-20 accuracy of the natural models in folders natural-ENGINE-SEED, as JSON."""
+    rows = []
+    for folder in sorted(runs.glob("natural-*-*")):
+        found = json.loads((folder / "evaluation-pgd20.json").read_text())
+        _, engine, seed = folder.name.split("-")
+        figures = {attack: found[attack]["accuracy"] for attack in ("clean", "pgd20")}
+        rows.append({"engine": engine, "seed": int(seed), "n": found["clean"]["n"], **figures})
+    return json.dumps({"device": found["device"], "date": found["date"], "rows": rows}, indent=1)
+
+
 if __name__ == "__main__":
-    print(table())
+    print({"engines": engines, "natural": lambda: natural(Path(sys.argv[2]))}.get("".join(sys.argv[1:2]), table)())

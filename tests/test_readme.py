@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 from conftest import ROOT
@@ -12,26 +11,34 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_results_table_is_the_committed_measurements(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    sys.modules.pop("benchmarks.table", None)
-    from benchmarks.table import table
-
-    assert f"<!-- results: python -m benchmarks.table -->\n{table()}\n<!-- end of results -->" in README
-
-
 NOTES = (ROOT / "benchmarks" / "NOTES.md").read_text()
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- end of (.*) -->", NOTES))
-def test_tables_of_the_notes_are_the_committed_measurements(name, monkeypatch):
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import kernel_builds, kernels
 
-    of = kernels if name.startswith("kernels-") else kernel_builds
+
+def test_results_tables_are_the_committed_measurements():
+    from benchmarks.table import engines, table
+
+    for name, command, rows in (("results", "", table), ("engines", " engines", engines)):
+        assert f"<!-- {name}: python -m benchmarks.table{command} -->\n{rows()}\n<!-- end of {name} -->" in README
+
+
+@pytest.mark.parametrize(
+    "page, name",
+    [(page, name) for page in (NOTES, README) for name in re.findall(r"<!-- end of (.*-.*) -->", page)],
+    ids=lambda value: value if len(value) < 40 else "page",
+)
+def test_tables_of_speed_are_the_committed_measurements(page, name):
+    from benchmarks import convolutions, epoch_time, kernel_builds, kernels
+
+    modules = (kernel_builds, kernels, epoch_time, convolutions)
+    of = next(of for of in modules if name.startswith(of.__name__.removeprefix("benchmarks.").replace("_", "-")))
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    command = f"<!-- {name}: python -m {of.__name__} -->"
-    assert f"{command}\n{of.table(found['rows'])}\n\n{of.about(found)}\n<!-- end of {name} -->" in NOTES
+    rows = of.table(found if of is epoch_time else found["rows"])
+    assert f"<!-- {name}: python -m {of.__name__} -->\n{rows}\n\n{of.about(found)}\n<!-- end of {name} -->" in page
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

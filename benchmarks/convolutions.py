@@ -1,0 +1,272 @@
+"""Times of every distinct convolution of a network on 32x32 images, against a roofline measured in the same run.
+
+    python -m benchmarks.convolutions [--arch resnet18 wrn34_10] [--batch 128] [--rounds 30] [--out FILE]
+    python -m benchmarks.convolutions --templates    # also Triton's templates, which autotune first
+
+bf16 channels_last on CUDA, fp32 channels_last in one thread on a CPU. On CUDA a round is one replay of a graph of 16
+calls, each with inputs and an output of its own; the median of the rounds is given. The forms:
+
+    forward, dgrad, wgrad   F.conv2d; the input's gradient alone; the weight's alone
+    dgrad as forward        stride 1: F.conv2d of the output's gradient, with a weight flipped and transposed beforehand
+    bias, ReLU              forward, bias and ReLU in separate calls of torch
+    compiled, cuDNN fused, Triton template    the same by torch.compile, by cuDNN in one, by inductor's own convolution
+    forward of 8, dgrad of 8                  the stem, its input and weight padded from 3 to 8 channels
+
+The roofline is max(FLOPs / peak, bytes / bandwidth): the peak that of a large square matrix product, the bandwidth that
+of a large copy, the bytes the least that must move, each input once and each output once. A form that raises, or whose
+result is wrong, has "no" in the table and the reason in the JSON. FILE is by default
+benchmarks/results/convolutions-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.clock import limits, median_seconds
+from benchmarks.kernels import device_name
+from fastafd.models import build_model
+
+HERE = Path(__file__).parent
+# Each other form, and the one whose result it must have.
+SAME = {
+    "dgrad as forward": "dgrad",
+    "compiled": "bias, ReLU",
+    "cuDNN fused": "bias, ReLU",
+    "Triton template": "bias, ReLU",
+    "forward of 8": "forward",
+    "dgrad of 8": "dgrad",
+}
+OFF = 0.02  # how far a result may be from it, in the norm and relative: several roundings to bf16
+RATES = ("forward", "dgrad")  # the forms whose TFLOP/s and sums are given
+OTHERS = ("dgrad as forward", "wgrad", "bias, ReLU", *list(SAME)[1:])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A square convolution without bias whose padding is half its kernel."""
+
+    c_in: int
+    side: int
+    c_out: int
+    kernel: int
+    stride: int
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_side(self) -> int:
+        return (self.side - 1) // self.stride + 1
+
+    def flops(self, batch: int) -> int:
+        return 2 * batch * self.out_side**2 * self.c_out * self.c_in * self.kernel**2
+
+    def numbers(self, batch: int) -> int:
+        """How many numbers are in its input, weight and output together."""
+        images = batch * (self.c_in * self.side**2 + self.c_out * self.out_side**2)
+        return images + self.c_out * self.c_in * self.kernel**2
+
+
+def shapes(arch: str) -> Counter[Shape]:
+    """The distinct convolutions of a network in the order of its forward pass, and how often it has each."""
+    found: Counter[Shape] = Counter()
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        _, c_in, side, _ = inputs[0].shape
+        shape = Shape(c_in, side, module.out_channels, module.kernel_size[0], module.stride[0])
+        assert module.groups == 1 and (shape.padding, shape.out_side) == (module.padding[0], output.shape[2])
+        found[shape] += 1
+
+    with torch.device("meta"):
+        net = build_model(arch, 10).eval()
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
+        net(torch.empty(1, 3, 32, 32))
+    return found
+
+
+def draw(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One input set: image, weight, bias and the output's gradient, and what is prepared of them."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    x = normal(batch, shape.c_in, shape.side, shape.side)
+    w = normal(shape.c_out, shape.c_in, shape.kernel, shape.kernel) / (shape.c_in * shape.kernel**2) ** 0.5
+    g = normal(batch, shape.c_out, shape.out_side, shape.out_side)
+    drawn = {"x": x, "w": w, "g": g, "flipped": flipped(w)}
+    if shape.c_in == 3:
+        drawn |= {f"{name}8": F.pad(drawn[name], (0, 0, 0, 0, 0, 5)) for name in "xw"}
+    drawn = {name: value.contiguous(memory_format=torch.channels_last) for name, value in drawn.items()}
+    return drawn | {"b": normal(shape.c_out)}
+
+
+def flipped(w: Tensor) -> Tensor:
+    """The weight whose convolution is the input's gradient of a convolution of stride 1 with `w`."""
+    return w.flip(2, 3).transpose(0, 1)
+
+
+def forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable[..., Tensor], str]]:
+    """Every form of a convolution, and its operands as `draw` names them."""
+    stride, padding = [shape.stride] * 2, [shape.padding] * 2
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, stride, padding)
+
+    def backward(g: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
+        mask = [index == wanted for index in range(3)]
+        return torch.ops.aten.convolution_backward(g, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, mask)[
+            wanted
+        ]
+
+    def dgrad(g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return backward(g, x, w, 0)
+
+    def biased(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(x, w, b, stride, padding).relu()
+
+    found: dict[str, tuple[Callable[..., Tensor], str]] = {"forward": (forward, "x w"), "dgrad": (dgrad, "g x w")}
+    if shape.stride == 1:
+        around = shape.kernel - 1 - shape.padding
+        found["dgrad as forward"] = lambda g, w: F.conv2d(g, w, padding=around), "g flipped"
+    found["wgrad"] = lambda g, x, w: backward(g, x, w, 1), "g x w"
+    found["bias, ReLU"] = biased, "x w b"
+    found["compiled"] = torch.compile(biased, dynamic=False), "x w b"
+    if cuda:
+        fused = torch.ops.aten.cudnn_convolution_relu
+        found["cuDNN fused"] = lambda x, w, b: fused(x, w, b, stride, padding, [1, 1], 1), "x w b"
+    if cuda and templates:
+        # Inductor makes a product of a 1x1 convolution of stride 1, hence the backends of products.
+        backends = {"max_autotune_conv_backends": "TRITON", "max_autotune_gemm_backends": "TRITON"}
+        template = torch.compile(biased, dynamic=False, options={"max_autotune": True, **backends})
+        found["Triton template"] = template, "x w b"
+    if shape.c_in == 3:
+        found["forward of 8"] = forward, "x8 w8"
+        found["dgrad of 8"] = lambda g, x, w: dgrad(g, x, w)[:, :3], "g x8 w8"
+    return found
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Relative to what is expected, in the norm."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def times(
+    found: dict[str, tuple[Callable[..., Tensor], str]], sets: list[dict[str, Tensor]], rounds: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of every form that works, and why the others do not."""
+    us: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    results: dict[str, Tensor] = {}
+    for form, (function, names) in found.items():
+        torch._dynamo.reset()
+        inputs = [[drawn[name] for name in names.split()] for drawn in sets]
+        try:
+            results[form] = function(*inputs[0])
+            off = distance(results[form], results[SAME.get(form, form)])
+            if not off < OFF:
+                raise ArithmeticError(f"off by {off:.1%} of the norm of {SAME.get(form, form)}")
+            us[form] = round(median_seconds(function, inputs, rounds, inputs[0][0].device) * 1e6, 2)
+        except Exception as error:
+            if form not in SAME:
+                raise
+            failed[form] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return us, failed
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: for each network a line for every convolution, then what share of the roofline the library reaches."""
+    return "\n\n".join(of_arch([row for row in rows if row["arch"] == arch]) for arch in arches(rows))
+
+
+def arches(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["arch"] for row in rows))
+
+
+def of_arch(rows: list[dict[str, Any]]) -> str:
+    others = [form for form in OTHERS if any(form in row["us"] | row["failed"] for row in rows)]
+    head = [rows[0]["arch"], "count", "GFLOP", "MB", "roofline us"]
+    head += [name for form in RATES for name in (f"{form} us", "TFLOP/s")] + [f"{form} us" for form in others]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = ["{kernel}x{kernel}/{stride} {c_in} to {c_out} of {side}x{side}".format(**row), str(row["count"])]
+        cells += [f"{row['gflop']:.3g}", f"{row['mb']:.1f}", f"{row['roofline_us']:.1f}"]
+        cells += [cell for form in RATES for cell in (f"{row['us'][form]:.1f}", f"{row['tflops'][form]:.3g}")]
+        for form in others:
+            cells.append(f"{row['us'][form]:.1f}" if form in row["us"] else "no" if form in row["failed"] else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    limit = sum(row["count"] * row["roofline_us"] for row in rows)
+    sums = {form: sum(row["count"] * row["us"][form] for row in rows) for form in RATES}
+    reached = ", ".join(f"{form} {spent:.0f} us ({limit / spent:.0%} of the limit)" for form, spent in sums.items())
+    count = sum(row["count"] for row in rows)
+    return "\n".join(
+        [*lines, "", f"All {count} convolutions of {rows[0]['arch']}: roofline {limit:.0f} us, {reached}."]
+    )
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was measured on what, and when."""
+    return (
+        f"{found['device']}, PyTorch {found['torch']}, {found['date']}; {found['dtype']}, batch {found['batch']}; "
+        f"a product reaches {found['peak_tflops']:.3g} TFLOP/s, a copy {found['copy_gb_s']:.4g} GB/s."
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.convolutions", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=["resnet18", "wrn34_10"], help="networks")
+    parser.add_argument("--batch", type=int, default=128, help="images a call")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--templates", action="store_true", help="also Triton's templates (CUDA), which autotune")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    given = parser.parse_args(argv)
+
+    cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if cuda else "cpu"
+    out = given.out or HERE / "results" / f"convolutions-{name}.json"
+    networks = {arch: shapes(arch) for arch in given.arch}
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    peak, bandwidth = limits(device, dtype, given.rounds)
+    of = device_name() if cuda or not torch.cuda.is_available() else "CPU, one thread"
+    result: dict[str, Any] = {"device": of, "torch": torch.__version__, "date": str(date.today())}
+    result |= {"batch": given.batch, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"peak_tflops": round(peak / 1e12, 4), "copy_gb_s": round(bandwidth / 1e9, 1), "rows": []}
+    print(about(result), flush=True)
+    for arch, found in networks.items():
+        for shape, count in found.items():
+            sets = [draw(shape, given.batch, device, dtype) for _ in range(16 if cuda else 2)]
+            us, failed = times(forms(shape, cuda, given.templates), sets, given.rounds)
+            flops, moved = shape.flops(given.batch), shape.numbers(given.batch) * dtype.itemsize
+            row: dict[str, Any] = {"arch": arch} | asdict(shape) | {"count": count}
+            row |= {"gflop": flops / 1e9, "mb": moved / 1e6}
+            row |= {"roofline_us": round(max(flops / peak, moved / bandwidth) * 1e6, 2)}
+            row |= {"tflops": {form: round(flops / us[form] / 1e6, 4) for form in RATES}, "us": us, "failed": failed}
+            result["rows"].append(row)
+            out.write_text(json.dumps(result, indent=1) + "\n")  # a run cut short keeps what it has
+        print(f"\n{table([row for row in result['rows'] if row['arch'] == arch])}", flush=True)
+    print(f"\nall of it in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

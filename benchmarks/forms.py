@@ -1,0 +1,126 @@
+"""The forms of a step that benchmarks.epoch_time compares, and the FLOPs of one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastafd.attacks.pgd
+import fastafd.attacks.snapshot
+import fastafd.data.augment
+import fastafd.methods.afd
+from benchmarks import plain
+from fastafd.afd_step import AFDStep
+from fastafd.attacks import input_gradient
+from fastafd.data import Augment
+from fastafd.kernels.afd_loss import AFDLoss
+from fastafd.kernels.attack_head import attack_head_reference
+from fastafd.methods import Natural
+from fastafd.models import build_model, disentangle
+from fastafd.optim import make_sgd
+from fastafd.recipes import released
+from fastafd.step import TrainStep
+
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def our_step(net: nn.Module, task: str, amp: str, engine: str) -> TrainStep:
+    """fastafd's step of recipe `released`, or of natural training."""
+    net = copy.deepcopy(net)
+    if task == "natural":
+        optimizer = make_sgd(net, 1e-3, 0.9, 5e-4)
+        return TrainStep(net, optimizer, Natural(), amp=amp, engine=engine, augment=Augment(4, True, 0))
+    model, recipe = disentangle(net), released()
+    optimizer = make_sgd(model, 1e-3, 0.9, recipe.sgd.weight_decay, recipe.d2_weight_decay)
+    return AFDStep(model, net, optimizer, recipe, amp=amp, engine=engine, augment=Augment(4, True, 0))
+
+
+def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
+    steps = released().attack.steps if task == "afd" else 0
+    return plain.PlainStep(disentangle(net), disentangle(net).backbone, steps, **form)
+
+
+def forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
+    """How to make every form of a step of the task ("afd" or "natural"), by name; `kernels`: those to do without."""
+    low = torch.bfloat16 if amp == "bf16" else None
+    last: dict[str, Any] = {"layout": torch.channels_last, "amp": low}
+    found: dict[str, Callable[[], Step]] = {}
+    if task == "afd":
+        found["naive"] = lambda: plain_step(net, task, naive=True)
+    found["paper-style"] = lambda: plain_step(net, task)
+    found["strong"] = lambda: plain_step(net, task, **last)
+    found["compiled"] = lambda: plain_step(net, task, **last, compiled=True)
+    found["fast"] = lambda: our_step(net, task, amp, "fast")
+    for kernel in kernels if task == "afd" else []:
+        found[f"fast, without {kernel}"] = lambda kernel=kernel: without(kernel, our_step(net, task, amp, "fast"))  # type: ignore[misc]
+    return found
+
+
+def plain_afd_loss(g: Tensor, t: Tensor, y: Tensor, *weights: Tensor, classifier_alpha: float, **of: float) -> AFDLoss:
+    d1, d2, w, b = (v.to(g.dtype) for v in weights)
+    total, logits, wrong = plain.afd_loss(g, t, y, d1, d2, w, b, **of)
+    names = ("confused", "exclusion", "cross_entropy", "alignment")
+    return AFDLoss(total, {name: total.detach() for name in names}, logits.detach(), wrong)
+
+
+def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> Tensor:
+    return x_adv.copy_(plain.linf_step(x_adv, grad, x, eps, step_size))
+
+
+# Each kernel: where its caller looks it up, and plain PyTorch in its place. What stands outside the compiled functions
+# is compiled by itself; what stands inside is compiled with what is around it.
+INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
+    "linf_step": (fastafd.attacks.pgd, torch.compile(step_in_place, dynamic=False)),
+    "attack_head": (fastafd.attacks.snapshot, attack_head_reference),
+    "afd_loss": (fastafd.methods.afd, plain_afd_loss),
+}
+
+
+def without(kernel: str, step: Step) -> Step:
+    """The step with plain PyTorch in the kernel's place."""
+    module, instead = INSTEAD[kernel]
+
+    def run(x: Tensor, y: Tensor) -> Any:
+        with mock.patch.object(module, kernel, instead):
+            return step(x, y)
+
+    return run
+
+
+def counted_flops(arch: str, task: str) -> int:
+    """FLOPs of one image's step, counted on the meta device: attack, teacher, update with all its gradients."""
+    with torch.device("meta"):
+        net = build_model(arch, 10)
+        model, x, y = disentangle(net), torch.empty(1, 3, 32, 32), torch.empty(1, dtype=torch.int64)
+
+    def gradient() -> None:
+        model.eval().requires_grad_(False)
+        input_gradient(model, x.detach().requires_grad_() * 1, y)  # the counter does not take a leaf
+        model.train().requires_grad_()
+
+    def update() -> None:
+        if task == "natural":
+            torch.nn.functional.cross_entropy(model.classifier(model.features(x)), y).backward()
+            return
+        weights = (model.d1.weight, model.d2.weight, model.classifier.weight, model.classifier.bias)
+        features = model.features(x)
+        total, *_ = plain.afd_loss(features, torch.empty_like(features), y, *weights, alpha=1, beta=1, gamma=1)
+        total.backward()
+
+    def count(call: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    if task == "natural":
+        return count(update)
+    with torch.no_grad():
+        teacher = count(lambda: model.features(x))
+    return released().attack.steps * count(gradient) + teacher + count(update)
