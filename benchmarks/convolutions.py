@@ -239,7 +239,7 @@ def main(argv: list[str]) -> int:
 
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if cuda else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if cuda else "cpu"
     out = given.out or HERE / "results" / f"convolutions-{name}.json"
     networks = {arch: shapes(arch) for arch in given.arch}
 
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     peak, bandwidth = limits(device, dtype, given.rounds)
-    of = device_name() if cuda or not torch.cuda.is_available() else "CPU, one thread"
+    of = device_name(device) + ("" if cuda else ", one thread")
     result: dict[str, Any] = {"device": of, "torch": torch.__version__, "date": str(date.today())}
     result |= {"batch": given.batch, "dtype": str(dtype).removeprefix("torch.")}
     result |= {"peak_tflops": round(peak / 1e12, 4), "copy_gb_s": round(bandwidth / 1e9, 1), "rows": []}

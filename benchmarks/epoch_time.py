@@ -40,7 +40,7 @@ from benchmarks.clock import limits, median_seconds, seconds_of, wait
 from benchmarks.forms import INSTEAD, Step, counted_flops, forms, our_step
 from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
-from fastafd.engine import Fast, resolve_amp, resolve_device
+from fastafd.engine import Fast, algorithms_by_trial, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
 from fastafd.models import build_model
 from fastafd.recipes import released
@@ -117,7 +117,8 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 
     found = {"drawing": by_hand(lambda: step._inputs(*batch))}
     for name, part in parts.items():
-        found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
+        with algorithms_by_trial():
+            found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
     return found
 
 
@@ -189,7 +190,7 @@ def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[
     """Everything, written to `out` after each network and task, so that what was cut short keeps what it has."""
     amp = resolve_amp("auto", device)
     product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
-    result: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "date": str(date.today())}
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
     result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": released().attack.steps}
     result |= {"rows": [], "phases": [], "whole": [], "compile": []}
@@ -303,7 +304,7 @@ def main() -> int:
         wait(device)
         print(time.perf_counter() - began)
         return 0
-    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if device.type == "cuda" else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
     out = given.out or HERE / "results" / f"epoch-time-{name}.json"
     result = measure(given, device, out)
     print(f"{table(result)}\n\n{about(result)}\n\nall of it in {out}")

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import device_name
+from fastafd.engine import resolve_device
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 5  # seconds: with less left of the budget a part is not begun
@@ -130,7 +131,12 @@ def run(chosen: list[Part], budget: float, out: Path) -> int:
         print(f"{part.name}: {left:.0f} s left", flush=True)
         rows.append(run_part(part, min(part.cap, left), out / f"{part.name}.log"))
     join_logs(out, [row["part"] for row in rows if row["result"] != "left out"])
-    summary = {"device": device_name(), "versions": versions(), "date": str(date.today()), "budget_s": budget}
+    summary = {
+        "device": device_name(resolve_device("auto")),
+        "versions": versions(),
+        "date": str(date.today()),
+        "budget_s": budget,
+    }
     (out / "summary.json").write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
     print(f"\n{about(summary)}\n\n{table(rows)}")
     return int(any(row["result"] not in ("ok", "left out") for row in rows))

@@ -25,12 +25,12 @@ import torch
 HERE = Path(__file__).parent
 
 
-def device_name() -> str:
-    """The GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    return f"{models[0] if models else platform.machine()}, one thread"
+    return models[0] if models else platform.machine()
 
 
 def rows_of(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,8 +61,9 @@ def about(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    device = device_name()
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()) if torch.cuda.is_available() else "cpu"
+    cuda = torch.cuda.is_available()
+    device = device_name(torch.device("cuda")) if cuda else device_name(torch.device("cpu")) + ", one thread"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()) if cuda else "cpu"
     default = HERE / "results" / f"kernels-{name}.json"
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")

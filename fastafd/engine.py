@@ -15,8 +15,8 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,6 +196,17 @@ class Compiled:
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
     """The arithmetic of the forward passes."""
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+
+
+@contextmanager
+def algorithms_by_trial() -> Iterator[None]:
+    """Let cuDNN time its algorithms for every new shape and keep the fastest; batches have few shapes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:

@@ -21,7 +21,15 @@ from fastafd.attacks import PGD
 from fastafd.console import Console
 from fastafd.data.augment import Augment, to_unit
 from fastafd.ema import EMA
-from fastafd.engine import Engine, Fast, Reference, keep_compiled, resolve_amp, resolve_engine
+from fastafd.engine import (
+    Engine,
+    Fast,
+    Reference,
+    algorithms_by_trial,
+    keep_compiled,
+    resolve_amp,
+    resolve_engine,
+)
 from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Loss, Method
@@ -269,7 +277,8 @@ class TrainStep:
 
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
         """`_run` as a CUDA graph takes it."""
-        metrics, seen = self._run(inputs, self._weight, self._phases)
+        with algorithms_by_trial():
+            metrics, seen = self._run(inputs, self._weight, self._phases)
         self._names = tuple(metrics)
         return torch.stack([value.float() for value in metrics.values()]), *(t for t in seen if t is not None)
 

@@ -125,7 +125,8 @@ def verify(config: VerifyConfig, amp: str, dataset: Dataset, device: torch.devic
         state = copy.deepcopy(exact.state_dict())
         if fast.graphs is not None:  # the whole step, its attack included, launched in both ways
             launched = []
-            for fast.graphs.works in (False, True):
+            for as_graph in (False, True):
+                fast.graphs.works = as_graph
                 fast.load_state_dict(copy.deepcopy(state))
                 launched.append(values_after(fast, x, y))
             measure(of_graph, launched[1], launched[0])

@@ -12,6 +12,8 @@ from torch import nn
 import fastafd
 from fastafd.attacks import Snapshot, input_gradient
 from fastafd.data import Augment
+from fastafd.ema import EMA
+from fastafd.engine import Compiled
 from fastafd.graphs import WARM_UPS, Graphs
 from fastafd.methods import Natural
 from fastafd.models import build_model
@@ -295,6 +297,21 @@ def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
             step(*batch)
     assert_close(fast, reference)
     assert "not folded: torch.fx cannot trace it" in capsys.readouterr().err
+
+
+def test_the_average_compiled_with_a_tensor_weight():
+    """As a GPU runs it; a CPU's fast step takes the average as it is."""
+    net = tiny(dtype=torch.float32)
+    averages = [EMA(net, 0.99) for _ in range(2)]
+    with torch.no_grad():
+        for value in (*net.parameters(), *net.buffers()):
+            value.add_(1)
+    weight = averages[0].advance()
+    averages[0].move(weight)
+    Compiled(averages[1].move)(torch.tensor(weight))
+    assert averages[1].module.bn1.num_batches_tracked == 1
+    for a, b in zip(averages[0].module.state_dict().values(), averages[1].module.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.slow
