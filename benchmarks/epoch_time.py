@@ -20,6 +20,7 @@ step times 390; "whole epoch" rows run all of it, loader included. FLOPs are cou
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -40,7 +41,7 @@ from benchmarks.clock import limits, median_seconds, seconds_of, wait
 from benchmarks.forms import INSTEAD, Step, counted_flops, forms, our_step
 from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
-from fastafd.engine import Fast, algorithms_by_trial, resolve_amp, resolve_device
+from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
 from fastafd.models import build_model
 from fastafd.recipes import released
@@ -62,12 +63,12 @@ def sampled(
     found: dict[str, dict[str, Any]] = {}
     warm = WARM_UPS + 2 if device.type == "cuda" else 1
     for name, build in builders.items():
-        before = 0
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
+        gc.collect()
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         step = steps[name] = build()
         first = seconds_of(lambda step=step: step(*batches[0]), device)  # type: ignore[misc]
+        if device.type == "cuda":  # compiling and cuDNN's trials take memory of their own
+            torch.cuda.reset_peak_memory_stats(device)
         for index in range(warm):
             step(*batches[index % len(batches)])
         wait(device)
@@ -98,14 +99,14 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 
         def teach() -> Tensor:
             found = engine.teacher_features(x)
-            if isinstance(engine, Fast) and engine.side is not None:
-                torch.cuda.current_stream().wait_stream(engine.side)
+            if isinstance(engine, Fast):
+                engine.join()
             return found
 
         features, x_adv = teach(), engine.perturb(x, noise, y)
         parts |= {"teacher": teach, "attack": lambda: engine.perturb(x, noise, y)}
     if isinstance(engine, Fast) and engine.snapshot is not None:
-        parts["folding, of the attack"] = engine._refresh
+        parts["folding, of the attack"] = engine.refresh
     parts["update"] = lambda: step._update(x_adv, y, features)
     if step.ema is not None:
         parts["ema"] = lambda: engine.average(weight)
@@ -117,8 +118,7 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 
     found = {"drawing": by_hand(lambda: step._inputs(*batch))}
     for name, part in parts.items():
-        with algorithms_by_trial():
-            found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
+        found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
     return found
 
 
@@ -187,42 +187,56 @@ def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[T
 
 
 def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
-    """Everything, written to `out` after each network and task, so that what was cut short keeps what it has."""
+    """Everything, written to `out` piece by piece, so that what was cut short keeps what it has."""
     amp = resolve_amp("auto", device)
+    torch.backends.cudnn.benchmark = True  # for every form: cuDNN remembers for a shape whichever came first
     product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
     result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": released().attack.steps}
     result |= {"rows": [], "phases": [], "whole": [], "compile": []}
-    batches = random_batches(given.batch, given.steps, device)
-    dataset = None if given.data_dir is None else load_dataset("cifar10", given.data_dir)
     for arch in given.arch:
         for task in given.tasks:
             print(f"-- {arch}, {task}", file=sys.stderr, flush=True)
-            torch.manual_seed(0)
-            net = build_model(arch, 10).to(device)
-            steps, found = sampled(forms(net, task, amp, given.without), batches, given.rounds, device)
-            result["rows"] += rows_of(arch, task, found, given.batch, product)
-            fast = steps["fast"]
-            assert isinstance(fast, TrainStep)
-            about = {"arch": arch, "task": task}
-            if dataset is not None:
-                shape: dict[str, Any] = {"batch_size": given.batch, "seed": 0, "device": device, "cache": cache_dir()}
-                loaders = [
-                    make_loader(kind, dataset.train, name="cifar10", report=print, **shape)
-                    for kind in ("ffcv", "resident")
-                ]
-                result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, given.epochs)]
-            reference = our_step(net, task, amp, "reference")
-            for engine, step in (("reference", reference), ("fast", fast)):
-                result["phases"].append(about | {"engine": engine, "seconds": phases(step, batches[0], device)})
-            out.write_text(json.dumps(result, indent=1) + "\n")
-            del steps, fast
+            measure_task(given, arch, task, device, out, result)
             torch._dynamo.reset()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if not given.quick:
             result["compile"].append({"arch": arch} | compile_seconds(arch, device, given.batch))
-            out.write_text(json.dumps(result, indent=1) + "\n")
+            save(result, out)
     return result
+
+
+def measure_task(
+    given: argparse.Namespace, arch: str, task: str, device: torch.device, out: Path, result: dict[str, Any]
+) -> None:
+    """The rows of one network and task, added to `result`."""
+    torch.manual_seed(0)
+    net, amp = build_model(arch, 10).to(device), result["amp"]
+    batches = random_batches(given.batch, given.steps, device)
+    steps, found = sampled(forms(net, task, amp, given.without), batches, given.rounds, device)
+    result["rows"] += rows_of(arch, task, found, given.batch, result["product_tflops"] * 1e12)
+    save(result, out)
+    fast, reference = steps["fast"], our_step(net, task, amp, "reference")
+    assert isinstance(fast, TrainStep)
+    about = {"arch": arch, "task": task}
+    if given.data_dir is not None:
+        dataset = load_dataset("cifar10", given.data_dir)
+        shape: dict[str, Any] = {"batch_size": given.batch, "seed": 0, "device": device, "cache": cache_dir()}
+        loaders = [
+            make_loader(kind, dataset.train, name="cifar10", report=print, **shape) for kind in ("ffcv", "resident")
+        ]
+        result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, given.epochs)]
+        save(result, out)
+    for engine, step in (("reference", reference), ("fast", fast)):
+        result["phases"].append(about | {"engine": engine, "seconds": phases(step, batches[0], device)})
+        save(result, out)
+
+
+def save(result: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 # -- what is said of it -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,27 +63,32 @@ def parts(out: Path, device: str, tiny: bool) -> list[Part]:
     fewer, rehearsal = (["--batch", "4", "--rounds", "2"], ["--tiny"]) if tiny else ([], [])
     few = ["--batch-size", "8", "--comparisons", "2"] if tiny else []
     slow = "takes minutes on a CPU" if tiny else ""
-    verify, epoch, kernels, convolutions = (
-        ["--out", out / f"{name}.json"] for name in ("verify", "epoch-time", "kernels", "convolutions")
-    )
+    names = ("verify", "epoch-resnet18", "epoch", "kernels", "convolutions")
+    verify, first, epoch, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
+    times = ["--quick", *where, *rehearsal]
     return [
-        Part("tests", python("pytest", *pytest, *tests), 100),
+        Part("tests", python("pytest", *pytest, *tests), 120),
         Part("numerics", python("pytest", *pytest, "tests/test_kernel_numerics.py"), 60, slow),
-        Part("verify", python("fastafd.verify", *small, *few, *verify), 100),
-        Part("epoch", python("benchmarks.epoch_time", "--quick", *where, *rehearsal, *epoch), 240),
+        Part("verify", python("fastafd.verify", *small, *few, *verify), 150),
+        Part(
+            "epoch-resnet18",
+            python("benchmarks.epoch_time", *times, "--arch", "resnet18", "--tasks", "afd", *first),
+            150,
+        ),
         Part("kernels", python("benchmarks.kernels", *kernels), 60, slow),
+        Part("epoch", python("benchmarks.epoch_time", *times, *epoch), 240, "the same as before" if tiny else ""),
         Part("convolutions", python("benchmarks.convolutions", *small, *fewer, *convolutions), 240),
     ]
 
 
 def run_part(part: Part, limit: float, log: Path) -> dict[str, Any]:
-    """Run a part for at most `limit` seconds, then end its whole process group."""
-    began = time.monotonic()
+    """Run a part for at most `limit` seconds, then end its whole process group; parts share what they compile."""
+    began, cache = time.monotonic(), str(Path(tempfile.gettempdir()) / "fastafd-gpu-suite")
     with log.open("wb") as said:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env={"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache} | os.environ | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,

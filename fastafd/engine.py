@@ -124,47 +124,53 @@ class Fast:
         first = next(model.parameters())
         self.device, self.amp = first.device, AMP[amp]
         dtype = self.amp or first.dtype
-        whole = True
         self.snapshot: Snapshot | None = None
         if method.adversarial and attack is not None:
             if not isinstance(model, Disentangled):
                 raise ValueError(f"the fast engine attacks fastafd.disentangle(net), not {type(model).__name__}")
             self.snapshot = Snapshot(model.backbone, dtype, model.d1, model.classifier)
-            self._refresh = Compiled(self.snapshot.refresh)
+            self.refresh = Compiled("the snapshot", self.snapshot.refresh, console)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
-            whole = self.snapshot.reason is None
-            if whole:
-                self._gradient = Compiled(self.snapshot.gradient)
+            if self.snapshot.reason is None:
+                self._gradient = Compiled("the attack", self.snapshot.gradient, console, in_pieces=False)
             else:
                 console.line(f"the attack sees BatchNorm in eval mode, not folded: {self.snapshot.reason}")
                 self.snapshot.net = torch.compile(self.snapshot.net, dynamic=False)  # type: ignore[assignment]
         if teacher is not None:
             frozen = Snapshot(teacher, dtype)
             frozen.refresh()
-            self._teacher = Compiled(frozen.features, whole=frozen.reason is None)
-        self._loss = Compiled(self._forward, whole)
-        # On a CPU the average is one call already.
-        self._average = None if ema is None else Compiled(ema.move) if self.device.type == "cuda" else ema.move
+            self._teacher = Compiled("the teacher", frozen.features, console)
+        self._loss = Compiled("the update", self._forward, console)
+        self._average: Callable[[float | Tensor], None] | None = None
+        if ema is not None:  # on a CPU it is one call already
+            self._average = Compiled("the average", ema.move, console) if self.device.type == "cuda" else ema.move
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._teaching = False  # whether something runs there that `loss` has to wait for
 
     def teacher_features(self, x: Tensor) -> Tensor:
         """Beside the attack: on CUDA on a stream of its own, which `loss` waits for."""
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream())
+            self._teaching = True
         with torch.cuda.stream(self.side), torch.no_grad(), autocast(self.device, self.amp):
             return self._teacher(x)
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
         assert self.attack is not None
+        self.refresh()
         with autocast(self.device, self.amp):
-            self._refresh()
             return self.attack.climb(lambda x_adv: self._gradient(x_adv, y), x, noise)
 
     def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
+        self.join()
         self.model.train()
         return self._loss(x_adv, y, teacher_features)
+
+    def join(self) -> None:
+        """Let the current stream wait for the teacher, if that has been called."""
+        if self.side is not None and self._teaching:
+            torch.cuda.current_stream().wait_stream(self.side)
+            self._teaching = False
 
     def average(self, weight: float | Tensor) -> None:
         if self._average is not None:
@@ -182,15 +188,25 @@ class Fast:
 
 
 class Compiled:
-    """A function compiled for each shape that it is called with; `whole`: as one graph, else it is an error."""
+    """A function compiled as one graph for each shape that it is called with.
 
-    def __init__(self, function: Callable[..., Any], whole: bool = True):
-        self.function = torch.compile(function, fullgraph=whole, dynamic=False)
+    Where that cannot be done a line says why, and it is compiled in pieces, or with `in_pieces` false not at all.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], console: Console, in_pieces: bool = True):
+        self.name, self.original, self.console, self.in_pieces = name, function, console, in_pieces
+        self.function = torch.compile(function, fullgraph=True, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Any:
         # A recompile is one for each step object in the process and for each shape, not for each call.
         with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
-            return self.function(*inputs)
+            try:
+                return self.function(*inputs)
+            except torch._dynamo.exc.Unsupported as error:
+                how = "is compiled in pieces" if self.in_pieces else "runs uncompiled"
+                self.console.line(f"{self.name} {how}: {str(error).strip().splitlines()[0]}")
+                self.function = torch.compile(self.original, dynamic=False) if self.in_pieces else self.original
+                return self.function(*inputs)
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -239,7 +255,7 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(f"device: got {name!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events and kernel launches go to the current device
     return device
 

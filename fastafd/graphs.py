@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget the recordings, whose tensors are no longer those in use."""
         self.recorded.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # the old one ends with its last graph, though tensors may be left
 
     def _aside(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run on the recording stream, between what came before and what comes after."""
@@ -65,8 +68,23 @@ class Graphs:
 
     def _record(self, *inputs: Tensor | None) -> Any:
         held = tuple(None if v is None else v.clone() for v in inputs)
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: a loader's thread may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            outputs = self.run(*held)
+        gc.collect()  # a graph that the collector destroyed meanwhile could break this one
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            # Of this thread alone: a loader's thread may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                outputs = self.run(*held)
+        except Exception as error:
+            self._abandon(graph, here)
+            raise (error.__context__ or error) from None  # the first of them; the end of a broken recording is another
         return graph, held, outputs
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, here: torch.cuda.Stream) -> None:
+        """Put right what a broken recording leaves: the current stream, the allocator, the default generator."""
+        torch.cuda.set_stream(here)
+        self.abandoned = graph  # kept: the allocator may still ask it
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+        with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros((), device=self.stream.device)
+        torch.cuda.set_stream(here)

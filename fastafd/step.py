@@ -86,9 +86,13 @@ class TrainStep:
             raise UsageError(f"attack_bn: got {attack_bn!r}, takes eval with engine fast; reference has both")
         self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
         self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
-        if self.device.type == "cuda":
-            self._replay(Graphs(self._recorded, self.device, self.console))
         self._fuse()
+        if self.device.type == "cuda":
+            if all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+                self._replay(Graphs(self._recorded, self.device, self.console))
+            else:
+                of = type(optimizer).__name__
+                self.console.line(f"no CUDA graph: {of} reads its rate on the host; take SGD, or capturable=True")
 
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
@@ -145,8 +149,6 @@ class TrainStep:
             self.augment.generator.set_state(state["augment"])
         if self.fast:
             self._fuse()
-        if self.graphs is not None:
-            self.graphs.clear()  # the optimizer's tensors are others now
 
     # -- what a step is made of -----------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class TrainStep:
 
     def _update(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
         out = self.engine.loss(x_adv, y, teacher_features)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.scaler.scale(out.total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -225,7 +227,7 @@ class TrainStep:
             x = self.augment.apply(images, offsets, flips)
         return x.to(next(self.model.parameters()).dtype)
 
-    def _probe(self, y: Tensor, x: Tensor, x_adv: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
+    def _probe(self, y: Tensor, x: Tensor, x_adv: Tensor, teacher_features: Tensor | None = None) -> dict[str, Tensor]:
         """Clean accuracy and the gap between f1 of x_adv and natural features (Fig. 1a): the teacher's, and f1 of x."""
         clean, logits = self.engine.f1(x)
         attacked, _ = self.engine.f1(x_adv)
@@ -272,7 +274,8 @@ class TrainStep:
         """Launch every step from now on by `graphs`."""
         self.graphs = graphs
         self._weight = torch.zeros((), device=self.device)
-        self._rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
+        self._rates: list[Tensor] = []
+        self._state: Any = None  # the optimizer's, as it was recorded
         self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
 
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
@@ -284,7 +287,13 @@ class TrainStep:
 
     def _set_scalars(self, weight: float) -> None:
         """What changes from step to step and is no input: a graph reads it from the device."""
+        assert self.graphs is not None
         self._weight.fill_(weight)
+        groups = self.optimizer.param_groups
+        if self.optimizer.state is not self._state or len(groups) != len(self._rates):  # loaded, or a group added
+            self._fuse()
+            self.graphs.clear()
+            self._state, self._rates = self.optimizer.state, [torch.zeros((), device=self.device) for _ in groups]
         for group, held in zip(self.optimizer.param_groups, self._rates, strict=True):
             if group["lr"] is not held:  # somebody has set it since
                 held.fill_(group["lr"])

@@ -120,6 +120,7 @@ def verify(config: VerifyConfig, amp: str, dataset: Dataset, device: torch.devic
 
     generator = torch.Generator(device).manual_seed(config.seed)
     of_eager, of_fast, of_graph = Distances(list), Distances(list), Distances(list)
+    recorded = True
     attacks = []
     for x, y in batches[NATURAL + BEFORE :]:
         state = copy.deepcopy(exact.state_dict())
@@ -130,6 +131,7 @@ def verify(config: VerifyConfig, amp: str, dataset: Dataset, device: torch.devic
                 fast.load_state_dict(copy.deepcopy(state))
                 launched.append(values_after(fast, x, y))
             measure(of_graph, launched[1], launched[0])
+            recorded &= fast.graphs.works and len(fast.graphs.recorded) > 0
         for step in (eager, fast):
             step.load_state_dict(copy.deepcopy(state))
         images, compared = attacked((exact, eager, fast), x, y, generator)
@@ -140,6 +142,9 @@ def verify(config: VerifyConfig, amp: str, dataset: Dataset, device: torch.devic
 
     rows = attack_rows(attacks) + update_rows(of_eager, of_fast)
     rows += [row | {"group": f"{row['group']}, graph"} for row in update_rows(of_eager, of_graph)]
+    if fast.graphs is not None:
+        none = {"eager": 0.0, "fast": 0.0 if recorded else 1.0, "limit": 0.5}
+        rows.append({"group": "recording", "quantity": "steps without a graph", **none, "ok": recorded})
     return {"verified": all(row["ok"] for row in rows), "rows": rows}
 
 
@@ -244,7 +249,9 @@ def update_rows(eager: Distances, fast: Distances) -> list[dict[str, Any]]:
         group, quantity = name.split(": ")
         limit = 2 * max(eager[name]) + FLOOR
         of_both = {"eager": max(eager[name]), "fast": max(distances)}
-        rows.append({"group": group, "quantity": quantity, **of_both, "limit": limit, "ok": max(distances) <= limit})
+        rows.append(
+            {"group": group, "quantity": quantity, **of_both, "limit": limit, "ok": all(d <= limit for d in distances)}
+        )
     return rows
 
 

@@ -7,7 +7,8 @@ Once a step the live weights are written into tensors of the snapshot's own, in 
     D1, classifier               W·W_D1, so that PGD reads logits off the pooled features
 
 The pairs are found by torch.fx in any network that it can trace; one that it cannot is copied as it is, in eval mode.
-The shift is added in fp32. No weight of a snapshot requires a gradient, so none is formed.
+The shift is added in the network's own type, fp32 as a rule. No weight of a snapshot requires a gradient: none is
+formed.
 """
 
 from __future__ import annotations
@@ -49,20 +50,16 @@ class Snapshot(nn.Module):
         self._copies: list[tuple[Tensor, Tensor]] = []
         own = copy.deepcopy(backbone).eval().requires_grad_(False)
         try:
-            graph = fx.Tracer().trace(own)
+            self.net = self._fold(backbone, fx.GraphModule(own, fx.Tracer().trace(own)), dtype)
         except Exception as error:  # whatever a forward written by somebody else does with a proxy
-            self.reason = f"torch.fx cannot trace it: {str(error).splitlines()[0] or type(error).__name__}"
-            self.net = own
-        else:
-            self.net = self._fold(backbone, fx.GraphModule(own, graph), dtype)
-        replaced = {id(own) for _, _, folded in self._folds for own in (*folded.parameters(), *folded.buffers())}
-        replaced |= {id(own) for _, affine in self._affines for own in affine.buffers()}
+            self.reason = f"torch.fx cannot trace it: {(str(error) or type(error).__name__).splitlines()[0]}"
+            self.net, self.pools, self._folds, self._affines = own, False, [], []
         live: dict[str, Tensor] = {
             **dict(backbone.named_parameters(remove_duplicate=False)),
             **dict(backbone.named_buffers(remove_duplicate=False)),
         }
         for name, tensor in [*self.net.named_parameters(), *self.net.named_buffers()]:
-            if id(tensor) not in replaced and name in live:  # what is not in it is a constant of the trace
+            if name in live:  # else it is folded, or a constant of the trace
                 self._copies.append((tensor, live[name]))
 
         self._heads: tuple[nn.Linear, nn.Linear] | None = None
@@ -129,6 +126,15 @@ class Snapshot(nn.Module):
         graph, modules = net.graph, dict(net.named_modules())
         sources = dict(live.named_modules())
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+
+        def plain(node: fx.Node, kind: type[nn.Module]) -> bool:
+            """Whether the node calls a module of just this kind, of one operand, that nothing else looks into."""
+            module = modules.get(str(node.target)) if node.op == "call_module" else None
+            hooked = type(module) is kind and (module._forward_hooks or module._forward_pre_hooks)
+            looked_at = any(name.startswith(f"{node.target}.") for name in read)
+            return type(module) is kind and len(node.args) == 1 and not (node.kwargs or hooked or looked_at)
+
         tail = _last_relu(graph, modules)
         if tail is not None:
             self.pools = True
@@ -140,13 +146,13 @@ class Snapshot(nn.Module):
                 node = before
             graph.output(activation)
         for node in list(graph.nodes):
-            module = modules.get(node.target) if node.op == "call_module" else None
-            if type(module) is not nn.BatchNorm2d or module.running_mean is None:
+            if not plain(node, nn.BatchNorm2d):
                 continue
             norm, before = sources[node.target], node.args[0]
             assert isinstance(norm, nn.BatchNorm2d)
-            conv = modules.get(before.target) if before.op == "call_module" else None
-            alone = type(conv) is nn.Conv2d and len(before.users) == 1 and calls[before.target] == 1
+            if norm.running_mean is None:
+                continue
+            alone = plain(before, nn.Conv2d) and len(before.users) == 1 and calls[before.target] == 1
             if alone and calls[node.target] == 1:
                 source = sources[before.target]
                 assert isinstance(source, nn.Conv2d)
@@ -159,19 +165,20 @@ class Snapshot(nn.Module):
                 affine = Affine(norm)
                 self._affines.append((norm, affine))
                 net.set_submodule(node.target, affine)
-        for name, module in list(net.named_modules()):
-            source = sources.get(name)
-            if type(module) is nn.Conv2d and type(source) is nn.Conv2d and calls[name]:
+        for node in graph.nodes:
+            if plain(node, nn.Conv2d) and type(net.get_submodule(node.target)) is nn.Conv2d:
+                source = sources[node.target]
+                assert isinstance(source, nn.Conv2d)
                 folded = Folded(source, dtype)
                 self._folds.append((source, None, folded))
-                net.set_submodule(name, folded)
+                net.set_submodule(node.target, folded)
         net.delete_all_unused_submodules()
         net.recompile()
         return net
 
 
 class Folded(nn.Module):
-    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in fp32."""
+    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's own."""
 
     shift: Tensor
 
@@ -190,7 +197,7 @@ class Folded(nn.Module):
 
 
 class Affine(nn.Module):
-    """A BatchNorm with fixed statistics: a scale and a shift for each channel, in fp32."""
+    """A BatchNorm with fixed statistics: a scale and a shift for each channel, in their own type."""
 
     scale: Tensor
     shift: Tensor
@@ -216,8 +223,10 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
     """The ReLU whose global average pool is the graph's output, if it is."""
-    (node,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes[:1]
-    pooled = False
+    outputs = next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    if len(outputs) != 1:
+        return None
+    node, pooled = outputs[0], False
     while len(node.users) == 1 and node.op.startswith("call") and len(node.all_input_nodes) == 1:
         kind: Any = type(modules[node.target]) if node.op == "call_module" else node.target
         if _pools(node, modules):
