@@ -5,6 +5,7 @@
     python -m benchmarks.epoch_time --device cpu --arch resnet18 --tasks afd --batch 32 --steps 1 --quick
 
 One process, all forms alive at once and timed in turn, round after round; the median of the rounds and their extremes.
+"x paper-style" is the median of the rounds' own ratios.
 
     naive        paper-style, but the attack in train mode by loss.backward(): weight gradients formed and dropped
     paper-style  eager fp32 NCHW, PyTorch's default TF32 setting, the input's gradient by autograd.grad
@@ -128,15 +129,18 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 def rows_of(arch: str, task: str, found: dict[str, dict[str, Any]], batch: int, product: float) -> list[dict[str, Any]]:
     flops, per_epoch = counted_flops(arch, task), IMAGES // batch
     rows = []
+    of_paper = found["paper-style"]["step_s"]
     for form, measured in found.items():
         step = statistics.median(measured["step_s"])
         row = {"arch": arch, "task": task, "form": form, "epoch_s": step * per_epoch}
         row |= {"fastest_s": min(measured["step_s"]) * per_epoch, "slowest_s": max(measured["step_s"]) * per_epoch}
         row |= {"images_s": batch / step, "tflops": batch * flops / step / 1e12}
         row |= {"of_product": batch * flops / step / product, "first_call_s": measured["first_call_s"]}
-        rows.append(row | {"peak_gib": None if measured["peak_bytes"] is None else measured["peak_bytes"] / 2**30})
-    paper_style = next(row["epoch_s"] for row in rows if row["form"] == "paper-style")
-    return [row | {"times_paper_style": paper_style / row["epoch_s"]} for row in rows]
+        # Round by round, so that a machine that others slow down for a while slows both sides of a ratio.
+        row["times_paper_style"] = statistics.median(a / b for a, b in zip(of_paper, measured["step_s"], strict=True))
+        row["peak_gib"] = None if measured["peak_bytes"] is None else measured["peak_bytes"] / 2**30
+        rows.append(row | {"step_s": measured["step_s"]})
+    return rows
 
 
 def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs: int) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""What an epoch is measured against: the plain forms compute the same, FLOPs are counted, rows and tables add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fastafd import kernels
+from fastafd.models import build_model
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_plain_operations_are_those_of_the_kernels():
+    from benchmarks import plain
+
+    torch.manual_seed(0)
+    g, t = (torch.randn(6, 20, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    d1, d2 = (torch.randn(20, 20, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 20), (5,)))
+    y = torch.randint(0, 5, (6,))
+    weights = {"alpha": 0.3, "beta": 0.7, "gamma": 2.0}
+    total, _, wrong = plain.afd_loss(g, t.detach(), y, d1, d2, w, b, **weights)
+    ours = kernels.afd_loss(g, t, y, d1, d2, w, b, **weights)
+    # the plain form rounds logits and cosines to fp32
+    torch.testing.assert_close(total.double(), ours.total, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wrong, ours.wrong_labels)
+    leaves = (g, d1, d2, w, b)
+    for a, e in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(ours.total, leaves), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    offsets, flips = torch.randint(0, 5, (4, 2)), torch.tensor([True, False, True, False])
+    x = plain.augment(images, offsets, flips, 2)
+    torch.testing.assert_close(x, kernels.augment(images, offsets, flips, 2))
+    x_adv, grad = x + 0.05 * torch.randn_like(x), torch.randn_like(x)
+    stepped = plain.linf_step(x_adv, grad, x, 0.03, 0.007)
+    assert torch.equal(stepped, kernels.linf_step(x_adv, grad, x, 0.03, 0.007))
+
+
+@pytest.mark.parametrize("form", [{}, {"naive": True}, {"layout": torch.channels_last, "amp": torch.bfloat16}])
+@pytest.mark.parametrize("task", ["afd", "natural"])
+def test_plain_steps_train(task, form):
+    from benchmarks.epoch_time import random_batches
+    from benchmarks.forms import plain_step
+
+    torch.manual_seed(0)
+    net = build_model("resnet8_half", 10)
+    step = plain_step(net, task, **form)
+    (batch,) = random_batches(4, 1, torch.device("cpu"))
+    x = torch.rand(4, 3, 32, 32)
+    if task == "afd":
+        x_adv = step.attacked(x, batch[1])
+        assert (x_adv - x).abs().max() <= 8 / 255 + 1e-6 and not torch.equal(x_adv, x)
+    before = step.model.classifier.weight.clone()
+    assert bool(step(*batch).isfinite()) and not torch.equal(before, step.model.classifier.weight)
+
+
+@pytest.mark.parametrize("arch, forward", [("resnet18", 1.1108), ("wrn34_10", 13.318)])
+def test_an_afd_step_is_24_forward_passes(arch, forward):
+    """GFLOP an image: ten forwards and input gradients, the teacher, forward and backward; heads are 0.05 per cent."""
+    from benchmarks.forms import counted_flops
+
+    assert counted_flops(arch, "afd") / 1e9 == pytest.approx(24 * forward, rel=1e-3)
+    assert counted_flops(arch, "natural") / 1e9 == pytest.approx(3 * forward, rel=2e-3)
+
+
+def test_rows_and_table():
+    from benchmarks import epoch_time
+
+    measured = {"first_call_s": 1.0, "peak_bytes": 2**30}
+    forms = {"paper-style": {"step_s": [0.2, 0.4]}, "fast": {"step_s": [0.1, 0.2]}}
+    found = {name: measured | steps for name, steps in forms.items()}
+    paper, fast = epoch_time.rows_of("resnet18", "natural", found, 128, product=1e15)
+    assert paper["epoch_s"] == pytest.approx(0.3 * 390) and fast["times_paper_style"] == pytest.approx(2.0)
+    assert fast["images_s"] == pytest.approx(128 / 0.15)
+    lines = epoch_time.table({"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}).splitlines()
+    assert lines[0].count("|") == lines[3].count("|") and "| fast | 58.50 | 39.00 to 78.00 | 2.00 |" in lines[3]
+    assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)
+
+
+def test_a_form_without_a_kernel_does_not_call_it(monkeypatch):
+    from benchmarks import forms
+
+    module, _ = forms.INSTEAD["linf_step"]
+    ours = module.linf_step
+    seen = []
+    step = forms.without("linf_step", lambda x, y: seen.append(module.linf_step))
+    step(torch.zeros(1), torch.zeros(1))
+    assert seen == [forms.INSTEAD["linf_step"][1]] and module.linf_step is ours
