@@ -287,7 +287,9 @@ def about(found: dict[str, Any]) -> str:
         said += f"\n\nMilliseconds of the parts of a step of the {row['engine']} engine, each alone, {row['arch']}, "
         said += f"{row['task']}: {parts}."
     for row in found["whole"]:
-        said += f"\n\nThe {row['loader']} loader alone: {row['loader_alone_images_s']:.0f} images/s."
+        alone = row["loader_alone_images_s"]
+        said += f"\n\nThe {row['loader']} loader alone, {row['arch']}, {row['task']}: {alone:.0f} images/s, "
+        said += f"{alone / row['images_s']:.1f} times what the epoch took."
     for row in found["compile"]:
         said += f"\n\nUntil the first AFD step of {row['arch']} is done, compiler caches empty: {row['cold']:.0f} s; "
         said += f"full: {row['warm']:.0f} s."

@@ -49,7 +49,7 @@ class Part:
     left_out: str = ""
 
 
-def parts(out: Path, device: str, tiny: bool) -> list[Part]:
+def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> list[Part]:
     """The suite. Later parts find less of the budget: what matters most comes first."""
 
     def python(module: str, *arguments: object) -> list[str]:
@@ -63,9 +63,9 @@ def parts(out: Path, device: str, tiny: bool) -> list[Part]:
     fewer, rehearsal = (["--batch", "4", "--rounds", "2"], ["--tiny"]) if tiny else ([], [])
     few = ["--batch-size", "8", "--comparisons", "2"] if tiny else []
     slow = "takes minutes on a CPU" if tiny else ""
-    names = ("verify", "epoch-resnet18", "epoch", "kernels", "convolutions")
-    verify, first, epoch, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
-    times = ["--quick", *where, *rehearsal]
+    names = ("verify", "epoch-resnet18", "profile", "epoch", "kernels", "convolutions")
+    verify, first, profile, epoch, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
+    times = ["--quick", *where, *rehearsal, *([] if data_dir is None else ["--data-dir", data_dir])]
     return [
         Part("tests", python("pytest", *pytest, *tests), 120),
         Part("numerics", python("pytest", *pytest, "tests/test_kernel_numerics.py"), 60, slow),
@@ -75,6 +75,7 @@ def parts(out: Path, device: str, tiny: bool) -> list[Part]:
             python("benchmarks.epoch_time", *times, "--arch", "resnet18", "--tasks", "afd", *first),
             150,
         ),
+        Part("profile", python("benchmarks.profile_step", *small, *profile), 60, slow),
         Part("kernels", python("benchmarks.kernels", *kernels), 60, slow),
         Part("epoch", python("benchmarks.epoch_time", *times, *epoch), 240, "the same as before" if tiny else ""),
         Part("convolutions", python("benchmarks.convolutions", *small, *fewer, *convolutions), 240),
@@ -183,12 +184,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, without the longest parts")
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10: whole epochs of it as well")
     given = parser.parse_args(argv)
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         parser.error(f"--out: {out} is not empty, takes a new or an empty folder")
-    return run(parts(out, given.device, given.tiny), given.budget, out)
+    return run(parts(out, given.device, given.tiny, given.data_dir), given.budget, out)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,15 @@ def test_rows_and_table():
     assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)
 
 
+def test_the_profile_adds_up():
+    from benchmarks import profile_step
+
+    rows = profile_step.rows_of("reference", "resnet8_half", 2, torch.device("cpu"))
+    assert sum(row["share"] for row in rows) == pytest.approx(1.0) and rows[0]["ms"] == max(row["ms"] for row in rows)
+    assert any("convolution" in row["name"] for row in rows)
+    assert profile_step.table(rows).splitlines()[-1].startswith(f"| reference | all {len(rows)} |")
+
+
 def test_a_form_without_a_kernel_does_not_call_it(monkeypatch):
     from benchmarks import forms
 

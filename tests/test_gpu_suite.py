@@ -118,12 +118,15 @@ def test_with_the_budget_spent_the_rest_is_left_out(suite, tmp_path):
 def test_parts_are_there_and_leave_few_files(suite, tiny, tmp_path):
     chosen = suite.parts(tmp_path, "cpu" if tiny else "auto", tiny)
     assert [part.name for part in chosen] == [
-        *("tests", "numerics", "verify", "epoch-resnet18", "kernels", "epoch", "convolutions")
+        *("tests", "numerics", "verify", "epoch-resnet18"),
+        *("profile", "kernels", "epoch", "convolutions"),
     ]
-    assert [part.name for part in chosen if part.left_out] == (["numerics", "kernels", "epoch"] if tiny else [])
+    assert [part.name for part in chosen if part.left_out] == (
+        ["numerics", "profile", "kernels", "epoch"] if tiny else []
+    )
     outputs = [part.command[part.command.index("--out") + 1] for part in chosen if "--out" in part.command]
     assert all(Path(path).parent == tmp_path for path in outputs)
-    assert len({*outputs, "logs.txt", "summary.json"}) <= 7
+    assert len({*outputs, "logs.txt", "summary.json"}) <= 8
     for part in chosen:
         assert part.command[:2] == [sys.executable, "-m"] and find_spec(part.command[2])
         for argument in part.command[3:]:

@@ -1,0 +1,97 @@
+"""Where the time of an AFD step goes, kernel by kernel: the reference engine's and the fast one's.
+
+    python -m benchmarks.profile_step [--arch resnet18] [--batch 128] [--device auto] [--out FILE]
+
+On CUDA the device time of every kernel of a step, on a CPU the time of every operation, largest first; FILE is by
+default benchmarks/results/profile-DEVICE.json. Batches are random pixels; the arithmetic is that of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.clock import wait
+from benchmarks.epoch_time import random_batches
+from benchmarks.forms import our_step
+from benchmarks.kernels import device_name
+from fastafd.engine import resolve_amp, resolve_device
+from fastafd.graphs import WARM_UPS
+from fastafd.models import build_model
+
+HERE = Path(__file__).parent
+STEPS, SHOWN = 3, 25  # profiled steps, lines of the table
+
+
+def rows_of(engine: str, arch: str, batch: int, device: torch.device) -> list[dict[str, Any]]:
+    """Every kernel or operation: calls and milliseconds a step, share of all."""
+    torch.manual_seed(0)
+    net = build_model(arch, 10).to(device)
+    step = our_step(net, "afd", resolve_amp("auto", device), engine)
+    (batch_of,) = random_batches(batch, 1, device)
+    for _ in range(WARM_UPS + 2 if device.type == "cuda" else 1):
+        step(*batch_of)
+    wait(device)
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        for _ in range(STEPS):
+            step(*batch_of)
+        wait(device)
+    events = [
+        (e.key, e.count, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in found.key_averages()
+    ]
+    total = sum(us for *_, us in events) or 1.0
+    rows = [
+        {"engine": engine, "name": name, "calls": count / STEPS, "ms": us / STEPS / 1e3, "share": us / total}
+        for name, count, us in events
+        if us > 0
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the largest of each engine."""
+    lines = ["| engine | kernel | calls a step | ms a step | share |", "|---" * 5 + "|"]
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        of_engine = [row for row in rows if row["engine"] == engine]
+        for row in of_engine[:SHOWN]:
+            name = " ".join(row["name"].replace("|", " ").split())[:80]
+            lines.append(f"| {engine} | {name} | {row['calls']:.0f} | {row['ms']:.3f} | {row['share']:.1%} |")
+        calls, ms = (sum(row[key] for row in of_engine) for key in ("calls", "ms"))
+        lines.append(f"| {engine} | all {len(of_engine)} | {calls:.0f} | {ms:.3f} | 100.0% |")
+    return "\n".join(lines)
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was measured on what, and when."""
+    return f"{found['arch']}, batch {found['batch']}, {found['device']}, PyTorch {found['torch']}, {found['date']}."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.profile_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--batch", type=int, default=128, help="images a step")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    device = resolve_device(given.device)
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
+    out = given.out or HERE / "results" / f"profile-{name}.json"
+    rows = [row for engine in ("reference", "fast") for row in rows_of(engine, given.arch, given.batch, device)]
+    found: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
+    found |= {"arch": given.arch, "batch": given.batch, "rows": rows}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{table(rows)}\n\n{about(found)}\nall of it in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
