@@ -202,7 +202,7 @@ class Compiled:
         with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
             try:
                 return self.function(*inputs)
-            except torch._dynamo.exc.Unsupported as error:
+            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
                 how = "is compiled in pieces" if self.in_pieces else "runs uncompiled"
                 self.console.line(f"{self.name} {how}: {str(error).strip().splitlines()[0]}")
                 self.function = torch.compile(self.original, dynamic=False) if self.in_pieces else self.original
