@@ -190,13 +190,16 @@ def test_what_cannot_be_folded_is_left_as_it_is():
 
 @pytest.fixture(scope="module")
 def trained():
-    """Both engines after the same steps, probed at the last; no recompile is allowed after the first."""
+    """Both engines after the same steps, probed at the last; no recompile after the first, and no graph breaks."""
     pair, metrics = {}, {}
+    torch._dynamo.utils.counters.clear()
     for engine in ("reference", "fast"):
         step = pair[engine] = afd_step(tiny(), engine)
         for index, batch in enumerate(batches(4)):
             with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
                 metrics[engine] = step(*batch, probe=index == 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+    assert not torch._dynamo.utils.counters["graph_break"]
     return pair["reference"], pair["fast"], metrics
 
 
