@@ -119,10 +119,10 @@ class Fast:
         amp: str,
         console: Console,
     ):
-        keep_compiled(next(model.parameters()).device)
         self.model, self.method, self.attack, self.ema = model, method, attack, ema
         first = next(model.parameters())
         self.device, self.amp = first.device, AMP[amp]
+        keep_compiled(self.device)
         dtype = self.amp or first.dtype
         self.snapshot: Snapshot | None = None
         if method.adversarial and attack is not None:
