@@ -100,8 +100,7 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 
         def teach() -> Tensor:
             found = engine.teacher_features(x)
-            if isinstance(engine, Fast):
-                engine.join()
+            engine.join()
             return found
 
         features, x_adv = teach(), engine.perturb(x, noise, y)

@@ -12,9 +12,10 @@ from fastafd.attacks import PGD
 from fastafd.config import TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment
+from fastafd.methods import AFD
 from fastafd.models import Disentangled
 from fastafd.recipes import find_recipe
-from fastafd.settings import unknown
+from fastafd.settings import UsageError, unknown
 from fastafd.step import TrainStep
 
 
@@ -49,6 +50,8 @@ class AFDStep(TrainStep):
         if not isinstance(model, Disentangled):
             raise ValueError(f"AFDStep takes fastafd.disentangle(net), not {type(model).__name__}")
         config = find_recipe(recipe) if isinstance(recipe, str) else recipe
+        if not isinstance(config.method, AFD):
+            raise UsageError(f"recipe: {config.recipe} is of {config.method.label}, AFDStep takes a recipe of AFD")
         attack = attack or config.attack
         own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
         of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
@@ -58,7 +61,7 @@ class AFDStep(TrainStep):
         super().__init__(
             model,
             optimizer,
-            replace(config.method, **{name: fields[name] for name in fields if name in of_method}),  # type: ignore[type-var]
+            replace(config.method, **{name: fields[name] for name in fields if name in of_method}),
             teacher=teacher,
             attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
             amp=amp,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastafd.attacks import PGD
 from fastafd.methods import Method
-from fastafd.settings import check, choice, lr_steps, number, optional, part, path, setting, text, weights_file
+from fastafd.settings import check, choice, lr_steps, number, optional, part, path, setting, switch, text, weights_file
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,12 @@ class TrainConfig:
     """A whole fine-tuning run; `fastafd.recipes` returns complete ones."""
 
     recipe: str = setting(
-        "released", "where all other settings start: released, paper, released_cifar100 or digits", text
+        "released",
+        "method and where all other settings start: released, paper, released_cifar100, digits (of AFD), vaft",
+        text,
+    )
+    matched: bool = setting(
+        False, "another method's recipe with AFD's schedule, weight decay, attack and average (of released)", switch
     )
     task: Task = part(flat=True)
     method: Method = part(flat=True)
@@ -80,7 +85,9 @@ class TrainConfig:
         choice("eval", "train"),
     )
     d2_weight_decay: float = setting(5e-4, "weight decay on D2", number(0))
-    ema_decay: float = setting(0.999, "decay of the weight average, reached as (1+t)/(10+t)", number(0, 1))
+    ema_decay: float = setting(
+        0.999, "decay of the weight average, reached as (1+t)/(10+t); 0: no average", number(0, 1)
+    )
     pretrained: str | None = setting(
         None, "natural weights to start from: a file, or 'example'; else they are pre-trained", optional(weights_file)
     )

@@ -27,7 +27,7 @@ from fastafd.attacks import PGD, Snapshot, input_gradient
 from fastafd.console import Console
 from fastafd.ema import EMA
 from fastafd.methods import Loss, Method
-from fastafd.models import Disentangled
+from fastafd.models import Disentangled, Split
 from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
@@ -37,7 +37,13 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 class Engine(Protocol):
     """x, x_adv (B,3,H,W) in [0,1]; y (B,) int64; features (B,D)."""
 
-    def teacher_features(self, x: Tensor) -> Tensor: ...
+    def teacher_features(self, x: Tensor) -> Tensor:
+        """To be read after `join` or `loss`."""
+        ...
+
+    def join(self) -> None:
+        """Let what comes wait for the teacher, if that has been called."""
+        ...
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
         """x_adv of the attack on the f1 path, in eval mode (BatchNorm)."""
@@ -78,6 +84,9 @@ class Reference:
         with torch.no_grad(), autocast(self.device, self.amp):
             return self.teacher(x)
 
+    def join(self) -> None:
+        """The teacher is done when it returns."""
+
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
         assert self.attack is not None
         self.model.train(self.attack_bn == "train")
@@ -99,10 +108,10 @@ class Reference:
 
     @torch.no_grad()
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.model, Disentangled)
+        assert isinstance(self.model, Split)
         self.model.eval()
         with autocast(self.device, self.amp):
-            f1 = self.model.d1(self.model.features(x))
+            f1 = self.model.f1(x)
             return f1, self.model.classifier(f1)
 
 
@@ -126,9 +135,13 @@ class Fast:
         dtype = self.amp or first.dtype
         self.snapshot: Snapshot | None = None
         if method.adversarial and attack is not None:
-            if not isinstance(model, Disentangled):
-                raise ValueError(f"the fast engine attacks fastafd.disentangle(net), not {type(model).__name__}")
-            self.snapshot = Snapshot(model.backbone, dtype, model.d1, model.classifier)
+            if not isinstance(model, Split):
+                raise ValueError(
+                    f"the fast engine attacks fastafd.disentangle(net) or fastafd.models.split(net),"
+                    f" not {type(model).__name__}"
+                )
+            d1 = model.d1 if isinstance(model, Disentangled) else None
+            self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
             self.refresh = Compiled("the snapshot", self.snapshot.refresh, console)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
             if self.snapshot.reason is None:
@@ -139,7 +152,9 @@ class Fast:
         if teacher is not None:
             frozen = Snapshot(teacher, dtype)
             frozen.refresh()
-            self._teacher = Compiled("the teacher", frozen.features, console)
+            self._teacher = (
+                Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
+            )
         self._loss = Compiled("the update", self._forward, console)
         self._average: Callable[[float | Tensor], None] | None = None
         if ema is not None:  # on a CPU it is one call already
@@ -167,7 +182,7 @@ class Fast:
         return self._loss(x_adv, y, teacher_features)
 
     def join(self) -> None:
-        """Let the current stream wait for the teacher, if that has been called."""
+        """Let the current stream wait for the teacher."""
         if self.side is not None and self._teaching:
             torch.cuda.current_stream().wait_stream(self.side)
             self._teaching = False

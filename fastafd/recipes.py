@@ -18,8 +18,8 @@ from types import MappingProxyType
 
 from fastafd.attacks import PGD
 from fastafd.config import SGD, PretrainConfig, Task, TrainConfig
-from fastafd.methods import AFD
-from fastafd.settings import unknown
+from fastafd.methods import AFD, VAFT
+from fastafd.settings import UsageError, unknown
 
 # Epochs 1-10 of 20 at lr, then x4/5 at 11 and halved at 13, 15, 17 and 19 (released code; "the same as Suzuki et al.").
 FLAT_THEN_HALVING = ((0.0, 1.0), (0.5, 0.8), (0.6, 0.4), (0.7, 0.2), (0.8, 0.1), (0.9, 0.05))
@@ -78,9 +78,35 @@ def digits() -> TrainConfig:
     )
 
 
+def vaft() -> TrainConfig:
+    """Vanilla adversarial fine-tuning as the AFD authors ran it (their ARREST.py with both of its terms off).
+
+    Steps of 2/255, weight decay 5e-4 and no average; schedule, rate and epochs are those of `released`.
+    """
+    base = released()
+    return replace(
+        base,
+        recipe="vaft",
+        method=VAFT(),
+        attack=replace(base.attack, step_size=2 / 255),
+        sgd=replace(base.sgd, weight_decay=5e-4),
+        ema_decay=0.0,
+    )
+
+
 RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
-    {recipe.__name__: recipe for recipe in (released, paper, released_cifar100, digits)}
+    {recipe.__name__: recipe for recipe in (released, paper, released_cifar100, digits, vaft)}
 )
+
+
+def matched(config: TrainConfig) -> TrainConfig:
+    """Another method under the conditions of `released`: schedule, weight decay, attack, BatchNorm mode, average."""
+    if isinstance(config.method, AFD):
+        raise UsageError(f"matched: recipe {config.recipe} is AFD itself; takes another method's, such as vaft")
+    afd = released()
+    return replace(
+        config, matched=True, attack=afd.attack, attack_bn=afd.attack_bn, sgd=afd.sgd, ema_decay=afd.ema_decay
+    )
 
 
 def find_recipe(name: str) -> TrainConfig:

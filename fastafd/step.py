@@ -33,7 +33,7 @@ from fastafd.engine import (
 from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Loss, Method
-from fastafd.models import Disentangled, disentangle
+from fastafd.models import Split, split
 from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
@@ -54,7 +54,7 @@ class TrainStep:
         teacher: nn.Module | None = None,
         attack: PGD | None = None,
         attack_bn: str = "eval",
-        ema_decay: float | None = None,
+        ema_decay: float = 0.0,
         amp: str = "auto",
         engine: str = "auto",
         augment: Augment | None = None,
@@ -67,7 +67,8 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.attack = attack if method.adversarial else None
         frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
-        self.ema = None if ema_decay is None else EMA(model, ema_decay)
+        self.taught = frozen is not None
+        self.ema = EMA(model, ema_decay) if ema_decay else None
         self.augment = augment
         amp = resolve_amp(amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=amp == "fp16")
@@ -177,7 +178,7 @@ class TrainStep:
                 f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
                 " normalisation belongs inside the model (fastafd.models.Normalize)"
             )
-        linear = self.model.classifier if isinstance(self.model, Disentangled) else None
+        linear = self.model.classifier if isinstance(self.model, Split) else None
         if y.min() < 0 or (linear is not None and y.max() >= linear.out_features):
             classes = "" if linear is None else f" to {linear.out_features - 1}"
             raise UsageError(f"y: got labels from {int(y.min())} to {int(y.max())}, takes 0{classes}")
@@ -232,6 +233,9 @@ class TrainStep:
         clean, logits = self.engine.f1(x)
         attacked, _ = self.engine.f1(x_adv)
         found = {"clean_accuracy": (logits.argmax(1) == y).float().mean(), **feature_gap(attacked, clean, "own_gap")}
+        if teacher_features is None and self.taught:
+            teacher_features = self.engine.teacher_features(x)
+            self.engine.join()
         if teacher_features is not None:
             found |= feature_gap(attacked, teacher_features, "gap")
         return found
@@ -318,8 +322,8 @@ NORMS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
-    whole = copy.deepcopy(teacher) if isinstance(teacher, Disentangled) else disentangle(teacher)
-    if isinstance(student, Disentangled) and whole.classifier.in_features != student.classifier.in_features:
+    whole = copy.deepcopy(teacher) if isinstance(teacher, Split) else split(teacher)
+    if isinstance(student, Split) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(
             f"the teacher has {whole.classifier.in_features} features, the model {student.classifier.in_features}"
         )

@@ -3,6 +3,7 @@
     python -m fastafd.train --recipe digits                      # the embedded data set, minutes on two CPU cores
     python -m fastafd.train --arch wrn34_10                      # CIFAR-10; a natural model is pre-trained first
     python -m fastafd.train --pretrained example                 # from the ResNet-18 that pyautoattack ships
+    python -m fastafd.train --recipe vaft --matched              # another method, under AFD's conditions
     python -m fastafd.train --resume runs/NAME                   # go on, step-exactly, after any kind of stop
 
 A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, natural.safetensors (the teacher),
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastafd import cli
-from fastafd.afd_step import AFDStep
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
@@ -31,11 +32,12 @@ from fastafd.engine import resolve_amp, resolve_device, resolve_engine
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit
-from fastafd.models import check_model, disentangle
+from fastafd.models import Disentangled, Split, check_model, disentangle, split
 from fastafd.optim import make_sgd
 from fastafd.pretrain import about, loader_of, natural_model, pretrain
-from fastafd.recipes import find_recipe
+from fastafd.recipes import find_recipe, matched
 from fastafd.settings import UsageError
+from fastafd.step import TrainStep
 
 
 def main(argv: list[str]) -> None:
@@ -72,17 +74,22 @@ def main(argv: list[str]) -> None:
         save_model(kept, natural, origin)
     natural = natural.to(device)
 
-    # Fine-tuning: D1 and D2 go in, the natural model teaches, the weight average comes out.
+    # Fine-tuning: D1 and D2 go in if the method has them, the natural model teaches, the weight average comes out.
     torch.manual_seed(task.seed)  # for networks that draw in their forward; all else has generators of its own
-    model = disentangle(natural)
-    step = AFDStep(
+    method = config.method
+    model = disentangle(natural) if method.disentangled else split(natural)
+    step = TrainStep(
         model,
+        make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay),
+        method,
         teacher=natural,
-        optimizer=make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay),
-        recipe=config,
+        attack=config.attack,
+        attack_bn=config.attack_bn,
+        ema_decay=config.ema_decay,
         amp=task.amp,
         engine=task.engine,
         augment=Augment(dataset.padding, dataset.flip, task.seed),
+        seed=task.seed,
         console=console,
     )
     seconds = fit(
@@ -91,31 +98,39 @@ def main(argv: list[str]) -> None:
         sgd,
         folder,
         console,
-        label="AFD",
+        label=method.label,
         log_every=config.log_every,
         save_every=config.save_every,
         identity=dataset.train.identity,
     )
-    robust = step.averaged().merge()
+    tuned = step.averaged()
+    assert isinstance(tuned, Split)
+    robust = tuned.merge()
     save_model(folder / "model.safetensors", robust, about(task, dataset))
 
-    # Both models on the same test images.
+    # Both models on the same test images; of a disentangled one also what the confused features alone predict.
     evaluated_from = time.monotonic()
     attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
     if config.autoattack_n and classes < 4:
         console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
+    evaluated: dict[str, tuple[nn.Module, tuple[str, ...]]] = {
+        "natural": (natural, attacks),
+        method.label: (robust, attacks),
+    }
+    if isinstance(tuned, Disentangled):
+        evaluated[f"{method.label}, f2"] = tuned.merge_confused(), ATTACKS[:1]
     results = {
         name: evaluate(
             net,
             dataset.test,
-            attacks,
+            under,
             n=config.eval_n,
             autoattack_n=config.autoattack_n,
             seed=task.seed,
             console=console,
             label=name,
         )
-        for name, net in (("natural", natural), ("AFD", robust))
+        for name, (net, under) in evaluated.items()
     }
     summary: dict[str, Any] = {
         "models": results,
@@ -167,7 +182,10 @@ def parse(argv: list[str]) -> TrainConfig:
     if flag is not None and named is not None and flag != named:
         raise UsageError(f"recipe: got {flag!r}, and {file} holds the settings of {named!r}; take one of them")
     base = find_recipe(str(flag or named or "released"))
-    return cli.parse(base, argv, prog="fastafd.train", about=__doc__)
+    config: TrainConfig = cli.parse(base, argv, prog="fastafd.train", about=__doc__)
+    if config.matched:  # once more, since what was given goes over it
+        config = cli.parse(matched(base), argv, prog="fastafd.train", about=__doc__)
+    return config
 
 
 def _value(argv: list[str], flag: str) -> str | None:

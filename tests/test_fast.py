@@ -127,7 +127,7 @@ def test_snapshot_is_the_network_in_eval_mode(build, folded, affine, pools):
     torch.manual_seed(0)
     model = fastafd.disentangle(unsettled(build())).double().eval()
     nn.init.normal_(model.d1.weight, std=0.05)
-    snapshot = Snapshot(model.backbone, torch.float64, model.d1, model.classifier)
+    snapshot = Snapshot(model.backbone, torch.float64, model.classifier, model.d1)
     convolutions = [m for m in snapshot.modules() if type(m).__name__ == "Folded"]
     assert (len(convolutions), len(snapshot._affines), snapshot.pools) == (folded, affine, pools)
     assert (snapshot.reason is None) == (folded > 0)
@@ -149,7 +149,7 @@ def test_snapshot_is_the_network_in_eval_mode(build, folded, affine, pools):
 
 def test_snapshot_forms_no_gradient_of_a_weight_and_shares_no_memory():
     model = fastafd.disentangle(tiny())
-    snapshot = Snapshot(model.backbone, torch.bfloat16, model.d1, model.classifier)
+    snapshot = Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1)
     assert not any(tensor.requires_grad for tensor in (*snapshot.parameters(), *snapshot.buffers()))
     live = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     assert not live & {tensor.data_ptr() for tensor in (*snapshot.parameters(), *snapshot.buffers())}
@@ -178,7 +178,7 @@ class Odd(Tiny):
 
 def test_what_cannot_be_folded_is_left_as_it_is():
     model = fastafd.disentangle(unsettled(Odd())).double().eval()
-    snapshot = Snapshot(model.backbone, torch.float64, model.d1, model.classifier)
+    snapshot = Snapshot(model.backbone, torch.float64, model.classifier, model.d1)
     x, y = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True), torch.tensor([1, 3])
     snapshot.refresh()
     torch.testing.assert_close(snapshot.features(x), model.features(x), rtol=1e-9, atol=1e-12)

@@ -44,6 +44,8 @@ FLAGS = [  # flags, words of the answer
     ("--eps 8/255", ["--eps", "did you mean --attack.eps?"]),
     ("--steps 3", ["--steps", "did you mean --attack.steps?"]),
     ("--seed 1e20", ["seed", "1e20"]),
+    ("--matched", ["matched", "recipe released is AFD itself", "vaft"]),
+    ("--recipe vaft --alpha 0.1", ["--alpha", "no such flag"]),
     ("--print_config", ["--print_config"]),
     ("stray", ["stray"]),
     ("--loader fcv", ["loader", "did you mean ffcv?"]),

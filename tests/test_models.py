@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastafd
-from fastafd.models import ARCHS, build_model
+from fastafd.models import ARCHS, build_model, split
 from fastafd.settings import UsageError
 
 # (arch, parameters in millions for ten classes, features); counts of the papers' tables and performance.md
@@ -169,6 +169,18 @@ def test_torchvisions_classifiers(name):
     x = torch.rand(2, 3, side, side)
     with torch.no_grad():
         torch.testing.assert_close(model.merge()(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_split_is_the_network_in_two_halves():
+    net = build_model("resnet8", 10).eval()
+    model = split(net).eval()
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), net(x))
+    torch.testing.assert_close(model.classifier(model.f1(x)), net(x))
+    model.classifier.weight.data *= 2
+    merged = model.merge()
+    assert merged.state_dict().keys() == net.state_dict().keys()
+    torch.testing.assert_close(merged.eval()(x) - net.linear.bias, 2 * (net(x) - net.linear.bias), atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_disentangled_says_why():

@@ -81,7 +81,8 @@ def test_run_folder(whole_run):
         *("natural.safetensors", "model.safetensors", "result.json"),
     }
     result = json.loads((whole_run / "result.json").read_text())
-    assert set(result["models"]) == {"natural", "AFD"}
+    assert set(result["models"]) == {"natural", "AFD", "AFD, f2"}
+    assert "pgd20" not in result["models"].pop("AFD, f2")
     for model in result["models"].values():
         for attack in ("clean", "pgd20"):
             low, high = model[attack]["interval"]
@@ -94,6 +95,21 @@ def test_run_folder(whole_run):
     assert {"data", "attack", "update", "teacher", "ema"} <= set(lines[-1]["seconds"])
     assert lines[-1]["lr"] == pytest.approx(0.025 * 0.2)  # the last of four epochs begins at 0.75 of the run
     assert json.loads((whole_run / "env.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_f2_is_what_the_confused_features_alone_predict(whole_run, digit_tree):
+    from fastafd.data import load_dataset, to_unit
+
+    dataset = load_dataset("imagefolder", digit_tree)
+    found = json.loads((whole_run / "result.json").read_text())["models"]["AFD, f2"]["clean"]
+    state = load_run(whole_run / "last.pt")["step"]["ema"]["module"]
+    model = fastafd.disentangle(fastafd.load_model(whole_run)).eval()
+    model.load_state_dict(state)
+    indices = found["indices"]
+    with torch.no_grad():
+        f2 = model.d2(model.features(to_unit(torch.from_numpy(dataset.test.images(indices)))))
+        right = model.classifier(f2).argmax(1) == torch.from_numpy(dataset.test.labels[indices])
+    assert found["correct"] == int(right.sum())
 
 
 def test_saved_model_is_the_merged_average(whole_run):

@@ -25,13 +25,13 @@ from fastafd.kernels import attack_head
 
 
 class Snapshot(nn.Module):
-    """An eval-mode view of `backbone` (pooled features) and, with `classifier` and `d1`, of the logits of f1.
+    """An eval-mode view of `backbone` (pooled features) and, with `classifier` and maybe `d1`, of the logits of f1.
 
     dtype: of weights and activations; float32 or wider keeps the network's own type. `reason` says why the network
     could not be traced, or is None. Holds nothing before the first `refresh`.
     """
 
-    d1: Tensor
+    d1: Tensor | None
     weight: Tensor
     bias: Tensor | None
 
@@ -39,8 +39,8 @@ class Snapshot(nn.Module):
         self,
         backbone: nn.Module,
         dtype: torch.dtype,
-        d1: nn.Linear | None = None,
         classifier: nn.Linear | None = None,
+        d1: nn.Linear | None = None,
     ):
         super().__init__()
         self.reason: str | None = None
@@ -62,11 +62,11 @@ class Snapshot(nn.Module):
             if name in live:  # else it is folded, or a constant of the trace
                 self._copies.append((tensor, live[name]))
 
-        self._heads: tuple[nn.Linear, nn.Linear] | None = None
-        if d1 is not None and classifier is not None:
-            self._heads = d1, classifier
+        self._heads: tuple[nn.Linear, nn.Linear | None] | None = None
+        if classifier is not None:
+            self._heads = classifier, d1
             wide = torch.promote_types(classifier.weight.dtype, torch.float32)
-            self.register_buffer("d1", d1.weight.detach().clone())
+            self.register_buffer("d1", None if d1 is None else d1.weight.detach().clone())
             self.register_buffer("weight", classifier.weight.detach().to(wide, copy=True))
             bias = None if classifier.bias is None else classifier.bias.detach().to(wide, copy=True)
             self.register_buffer("bias", bias)
@@ -90,9 +90,12 @@ class Snapshot(nn.Module):
         for own, live in self._copies:
             own.copy_(live)
         if self._heads is not None:
-            d1, classifier = self._heads
-            self.d1.copy_(d1.weight)
-            self.weight.copy_(classifier.weight.to(self.weight.dtype) @ d1.weight.to(self.weight.dtype))
+            classifier, d1 = self._heads
+            if d1 is None or self.d1 is None:
+                self.weight.copy_(classifier.weight)
+            else:
+                self.d1.copy_(d1.weight)
+                self.weight.copy_(classifier.weight.to(self.weight.dtype) @ d1.weight.to(self.weight.dtype))
             if self.bias is not None:
                 self.bias.copy_(classifier.bias)
 
@@ -108,9 +111,8 @@ class Snapshot(nn.Module):
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The features f1 (B,D) and their logits (B,C)."""
         features = self.features(x)
-        return F.linear(features, self.d1.to(features.dtype)), F.linear(
-            features.to(self.weight.dtype), self.weight, self.bias
-        )
+        logits = F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+        return features if self.d1 is None else F.linear(features, self.d1.to(features.dtype)), logits
 
     def gradient(self, x_adv: Tensor, y: Tensor) -> Tensor:
         """The gradient of the summed cross-entropy of f1's logits: (B,3,H,W), which requires grad, and (B,) -> x_adv's.

@@ -5,5 +5,6 @@ from __future__ import annotations
 from fastafd.methods.afd import AFD
 from fastafd.methods.base import Loss, Method
 from fastafd.methods.natural import Natural
+from fastafd.methods.vaft import VAFT
 
-__all__ = ["AFD", "Loss", "Method", "Natural"]
+__all__ = ["AFD", "VAFT", "Loss", "Method", "Natural"]

@@ -17,8 +17,10 @@ from fastafd.settings import check, number, setting
 class AFD:
     """alpha L1 + beta L2 + L3. With alpha = beta = gamma = 0 it is plain adversarial fine-tuning through D1."""
 
+    label: ClassVar[str] = "AFD"
     adversarial: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = True
+    disentangled: ClassVar[bool] = True
 
     alpha: float = setting(0.05, "weight of L1, the confused features' cross-entropy", number(0))
     beta: float = setting(0.25, "weight of L2, which drives f1 away from f2", number(0))

@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastafd.methods.base import Loss
+from fastafd.methods.base import Loss, cross_entropy
 
 
 @dataclass(frozen=True)
 class Natural:
+    label: ClassVar[str] = "natural"
     adversarial: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = False
+    disentangled: ClassVar[bool] = False
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        logits = model(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits, y)
-        return Loss(total, {"cross_entropy": total.detach()}, logits.detach())
+        return cross_entropy(model(x), y)

@@ -11,10 +11,21 @@ from torch import Tensor, nn
 
 from fastafd.models.disentangle import Disentangled, disentangle
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
+from fastafd.models.split import Split, split
 from fastafd.models.wideresnet import WideResNet
 from fastafd.settings import UsageError, unknown
 
-__all__ = ["ARCHS", "NORMALIZATIONS", "Disentangled", "Normalize", "build_model", "check_model", "disentangle"]
+__all__ = [
+    "ARCHS",
+    "NORMALIZATIONS",
+    "Disentangled",
+    "Normalize",
+    "Split",
+    "build_model",
+    "check_model",
+    "disentangle",
+    "split",
+]
 
 ARCHS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": lambda classes: ResNet(BasicBlock, (2, 2, 2, 2), classes),
