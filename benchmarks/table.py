@@ -2,6 +2,7 @@
 
     python -m benchmarks.table                  # natural and fine-tuned models
     python -m benchmarks.table engines          # the fast engine's beside the reference's
+    python -m benchmarks.table reproduced       # the paper's figures and ours (results/DEVICE/, benchmarks.reproduce)
     python -m benchmarks.table natural RUNS     # JSON: RUNS/natural-ENGINE-SEED, evaluated (benchmarks/engines.sh)
 
 Every number of the tables comes from one of these files; a test holds the README to what this prints.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,26 @@ ENGINES = [  # file, engine, what the row says it is
     ("small-resnet8-fast", "fast", "the same"),
 ]
 ATTACKS = ("clean", "pgd20", "autoattack")
+# Per cent, ResNet-18 on CIFAR-10: Tables 1 and 6 of the AFD paper.
+OF_PAPER = {
+    "natural": {"clean": 94.60},
+    "AFD": {"clean": 84.88, "pgd20": 52.70, "autoattack": 47.40},
+    "vAFT": {"clean": 83.93, "pgd20": 51.40, "autoattack": 45.48},
+}
+REPRODUCED = [  # file, model in it, what the row says it is
+    ("afd-released", "natural", "natural, as pyautoattack ships it"),
+    ("natural", "natural", "natural, 100 epochs by the appendix"),
+    ("afd-released", "AFD", "AFD, recipe `released`"),
+    ("afd-paper", "AFD", "AFD, recipe `paper`"),
+    ("afd-own", "AFD", "AFD, `released`, from the own natural model"),
+    ("vaft-matched", "vAFT", "vAFT, `--recipe vaft --matched`"),
+    ("afd-released-seed1", "AFD", "tried: `released`, seed 1"),
+    ("afd-released-seed2", "AFD", "tried: `released`, seed 2"),
+    ("afd-released-step-size", "AFD", "tried: `released`, training PGD of 2/255"),
+    ("afd-released-no-average", "AFD", "tried: `released` without the weight average"),
+    ("afd-released-no-random-start", "AFD", "tried: `released` without a random start"),
+    ("afd-released-batch-statistics", "AFD", "tried: `released`, attack in train mode"),
+]
 
 
 def cell(found: dict[str, Any] | None) -> str:
@@ -62,6 +84,47 @@ def engines() -> str:
     return "\n".join(lines)
 
 
+def reproduced(folders: Sequence[Path] = ()) -> str:
+    """Measured figures beside the paper's: of what `benchmarks.reproduce` left in these folders, or in results/*/."""
+    head = ["model", "device", *("clean", "PGD-20", "AutoAttack"), "s of training", "of them compiling", "measured"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    committed = sorted({file.parent for name, *_ in REPRODUCED for file in RESULTS.glob(f"*/{name}.json")})
+    for folder in folders or committed or [Path("none yet")]:
+        for name, model, label in REPRODUCED:
+            file = folder / f"{name}.json"
+            if file.exists():
+                lines.append(measured_row(label, model, file))
+            elif not label.startswith("tried"):
+                cells = ["", *(beside(None, OF_PAPER[model].get(attack)) for attack in ATTACKS), "", "", ""]
+                lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def measured_row(label: str, model: str, file: Path) -> str:
+    found = json.loads(file.read_text())
+    figures = found["models"][model] if "models" in found else found
+    cells = [beside(figures.get(attack), OF_PAPER[model].get(attack)) for attack in ATTACKS]
+    seconds = (
+        found["seconds"] if "models" not in found else found["seconds"]["finetuning"] if model != "natural" else {}
+    )
+    spent = ["" if seconds.get(part) is None else f"{seconds[part]:.0f}" for part in ("wall", "compile")]
+    link = f"[{file.stem}](benchmarks/results/{file.parent.name}/{file.name}), {found['date'][:10]}"
+    return "| " + " | ".join([label, found["device"], *cells, *spent, link]) + " |"
+
+
+def beside(found: dict[str, Any] | None, of_paper: float | None) -> str:
+    """A figure with its interval, the paper's, and whether the one holds the other."""
+    said = cell(found)
+    if of_paper is None:
+        return "" if found is None else said
+    said += f"; paper {of_paper:.2f}"
+    if found is None:
+        return said
+    low, high = (100 * bound for bound in found["interval"])
+    missed = f"missed by {100 * found['accuracy'] - of_paper:+.2f}"
+    return f"{said}, {'within' if low <= of_paper <= high else missed}"
+
+
 def natural(runs: Path) -> str:
     """Clean and PGD-20 accuracy of the natural models in folders natural-ENGINE-SEED, as JSON."""
     rows = []
@@ -74,4 +137,8 @@ def natural(runs: Path) -> str:
 
 
 if __name__ == "__main__":
-    print({"engines": engines, "natural": lambda: natural(Path(sys.argv[2]))}.get("".join(sys.argv[1:2]), table)())
+    which = "".join(sys.argv[1:2])
+    if which == "natural":
+        print(natural(Path(sys.argv[2])))
+    else:
+        print({"": table, "engines": engines, "reproduced": reproduced}[which]())

@@ -20,9 +20,10 @@ def benchmarks_importable(monkeypatch):
 
 
 def test_results_tables_are_the_committed_measurements():
-    from benchmarks.table import engines, table
+    from benchmarks.table import engines, reproduced, table
 
-    for name, command, rows in (("results", "", table), ("engines", " engines", engines)):
+    for name, rows in (("results", table), ("engines", engines), ("reproduced", reproduced)):
+        command = "" if name == "results" else f" {name}"
         assert f"<!-- {name}: python -m benchmarks.table{command} -->\n{rows()}\n<!-- end of {name} -->" in README
 
 
@@ -47,6 +48,7 @@ def test_links_lead_somewhere(target):
 
 
 def test_flags_in_the_readme_exist():
+    from benchmarks.parts import arguments
     from fastafd import train
     from fastafd.cli import entries
     from fastafd.evaluate import EvaluateConfig
@@ -57,6 +59,7 @@ def test_flags_in_the_readme_exist():
         "--config",
         "--help",
     }
+    known |= {flag for action in arguments("benchmarks.reproduce", "")._actions for flag in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z0-9.-]+", README)) <= known
 
 

@@ -1,0 +1,152 @@
+"""The paper's CIFAR-10 figures for a ResNet-18, and the speed of getting there: one command, unattended, resumable.
+
+    python -m benchmarks.reproduce --budget 27 --data-dir CIFAR10 --out DIR      # minutes, on one GPU
+    python -m benchmarks.reproduce --budget 27 --data-dir CIFAR10 --out DIR      # the same again: goes on
+    python -m benchmarks.reproduce --budget 20 --data-dir TREE --out DIR --device cpu --tiny     # a rehearsal
+
+What matters most comes first:
+
+    gpu_suite     tests, kernels' numerics, certificate, epoch times of a ResNet-18 through FFCV and from memory
+    runs          20 epochs from the ResNet-18 that pyautoattack ships: AFD by recipe `released` (its compiler caches
+                  empty) and by `paper`, `vaft` matched; clean and PGD-20 on all test images, the feature gap by epoch
+    autoattack    on 1,000 class-balanced test images: the AFD with the better PGD-20 accuracy, and vaft
+    gpu_suite     profile of a step, kernels, epoch times of all networks
+    own           natural pre-training by the paper's appendix, and AFD from it
+    tried         `released` with one thing another way, to find the cause of a miss; convolutions alone
+
+DIR then holds a JSON file of each run (configuration, versions, device, accuracies, seconds, the log of its epochs),
+those of gpu_suite, summary.json and logs.txt; the run folders, with all weights, are in DIR/runs. Copied to
+benchmarks/results/DEVICE/, the JSON files are what `python -m benchmarks.table reproduced` shows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_suite, table
+from benchmarks.parts import NotNow, Part, arguments, python, run
+from fastafd.checkpoint import load_model_about
+from fastafd.files import as_json, save_text
+
+TRAINED: dict[str, list[Any]] = {  # run folder: flags of fastafd.train
+    "afd-released": ["--recipe", "released"],
+    "afd-paper": ["--recipe", "paper"],
+    "vaft-matched": ["--recipe", "vaft", "--matched"],
+}
+TRIED: dict[str, list[Any]] = {  # the same, each another way in one thing
+    "afd-released-seed1": ["--seed", 1],
+    "afd-released-seed2": ["--seed", 2],
+    "afd-released-step-size": ["--attack.step-size", "2/255"],
+    "afd-released-no-average": ["--ema-decay", 0],
+    "afd-released-no-random-start": ["--attack.random-start", "false"],
+    "afd-released-batch-statistics": ["--attack-bn", "train", "--engine", "reference"],  # the fast one has none
+}
+AFD = ("afd-released", "afd-paper")
+LOGGED = 39  # steps a line of metrics.jsonl: ten lines in an epoch of 390
+TINY = "--epochs 1 --batch-size 8 --attack.steps 1 --eval-n 4 --log-every 1".split()
+
+
+def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
+    """All of it, in order."""
+    suite = {part.name: part for part in gpu_suite.parts(out, device, tiny, data_dir)}
+    runs = out / "runs"
+    where = [] if device == "auto" else ["--device", device]
+    data = ["--dataset", "cifar10", "--data-dir", data_dir]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled"), "TRITON_CACHE_DIR": str(out / "compiled" / "triton")}
+
+    def trained(name: str, flags: list[Any], cap: float, start: Any = "example") -> Part:
+        def command() -> list[str]:
+            if (runs / name / "config.yaml").exists():
+                return python("fastafd.train", "--resume", runs / name)
+            if start != "example" and not (start / "model.safetensors").exists():
+                raise NotNow(f"there is no {start.name} model")
+            size = TINY if tiny else ["--log-every", LOGGED]
+            own = [*data, "--arch", "resnet18", "--pretrained", start, *where, "--autoattack-n", 0, *size]
+            return python("fastafd.train", *own, *flags, "--out", runs / name)
+
+        return Part(name, command, cap, env=caches)
+
+    def attacked(name: str, among: tuple[str, ...]) -> Part:
+        def command() -> list[str]:
+            finished = [name for name in among if (runs / name / "result.json").exists()]
+            if not finished:
+                raise NotNow(f"there is no result of {' or '.join(among)}")
+            best = max(finished, key=lambda name: robust(result_of(runs / name))["pgd20"]["accuracy"])
+            n = 2 if tiny else 1000
+            return python("fastafd.evaluate", runs / best, *data, *where, "--attack", "autoattack", "--n", n)
+
+        return Part(name, command, 400)
+
+    natural = ["--out", runs / "natural", *data, "--arch", "resnet18", *where, "--log-every", LOGGED]
+    if tiny:
+        natural += ["--epochs", 1, "--batch-size", 8]
+    n = ["--n", 4] if tiny else []
+    afd, own = TRAINED["afd-released"], runs / "natural"
+    return [
+        *(suite[name] for name in ("tests", "numerics", "verify", "epoch-resnet18")),
+        *(trained(name, flags, 400) for name, flags in TRAINED.items()),
+        attacked("autoattack-afd", AFD),
+        attacked("autoattack-vaft", ("vaft-matched",)),
+        *(suite[name] for name in ("profile", "kernels", "epoch")),
+        Part("natural", python("fastafd.pretrain", *natural), 600, env=caches),
+        Part("natural-pgd20", lambda: evaluation(own, [*data, *where, *n]), 60),
+        trained("afd-own", afd, 400, own),
+        *(trained(name, [*afd, *flags], 900) for name, flags in TRIED.items()),
+        suite["convolutions"],
+    ]
+
+
+def evaluation(folder: Path, flags: list[Any]) -> list[str]:
+    if not (folder / "model.safetensors").exists():
+        raise NotNow(f"there is no {folder.name} model")
+    return python("fastafd.evaluate", folder, *flags, "--attack", "pgd20")
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def robust(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the model that a run trained."""
+    return next(found for label, found in result["models"].items() if label != "natural" and "pgd20" in found)
+
+
+def collect(out: Path) -> None:
+    """A JSON file in `out` of each run that has been evaluated: what the run says of itself, and its log."""
+    for folder in sorted((out / "runs").glob("*")):
+        result = folder / "result.json"
+        attacked = folder / "evaluation-autoattack.json"
+        natural = folder / "evaluation-pgd20.json"
+        if result.exists():
+            found = result_of(folder)
+            if attacked.exists():
+                robust(found)["autoattack"] = json.loads(attacked.read_text())["autoattack"]
+        elif natural.exists():
+            found = json.loads(natural.read_text())
+            _, about = load_model_about(folder)
+            found |= {"seconds": {"wall": about["pretraining_seconds"]}, "config": json.loads(about["shape"])}
+        else:
+            continue
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        log = "[\n" + ",\n".join(lines) + "\n]"
+        text = as_json({"run": folder.name, **found, "log": "LINES"})
+        save_text(out / f"{folder.name}.json", text.replace('"LINES"', log) + "\n")
+
+
+def main(argv: list[str]) -> int:
+    parser = arguments("benchmarks.reproduce", str(__doc__).splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, as fastafd.train takes it")
+    given = parser.parse_args(argv)
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = parts(out, given.device, given.tiny, given.data_dir.expanduser().resolve())
+    code = run(chosen, given.budget, out, after=lambda: collect(out))
+    print(f"\n{table.reproduced([out])}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
