@@ -44,8 +44,9 @@ from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
+from fastafd.methods import Batch
 from fastafd.models import build_model
-from fastafd.recipes import released
+from fastafd.recipes import AFD_ATTACK
 from fastafd.settings import cache_dir
 from fastafd.step import TrainStep
 
@@ -91,7 +92,7 @@ def sampled(
 def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
     """Seconds of each part of a step by itself; on CUDA those of the fast engine each from a graph of its own."""
     engine, inputs = step.engine, step._inputs(*batch)
-    images, y, offsets, flips, noise = inputs
+    images, y, offsets, flips, noise, _ = inputs
     x = step._pixels(images, offsets, flips)
     weight = step._weight if step.graphs is not None else 0.001
     parts: dict[str, Callable[[], Any]] = {"augment": lambda: step._pixels(images, offsets, flips)}
@@ -107,7 +108,7 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
         parts |= {"teacher": teach, "attack": lambda: engine.perturb(x, noise, y)}
     if isinstance(engine, Fast) and engine.snapshot is not None:
         parts["folding, of the attack"] = engine.refresh
-    parts["update"] = lambda: step._update(x_adv, y, features)
+    parts["update"] = lambda: step._update(Batch(x, x_adv, y, features))
     if step.ema is not None:
         parts["ema"] = lambda: engine.average(weight)
     rounds = 10 if device.type == "cuda" else 3
@@ -196,7 +197,7 @@ def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[
     product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
-    result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": released().attack.steps}
+    result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": AFD_ATTACK.steps}
     result |= {"rows": [], "phases": [], "whole": [], "compile": []}
     for arch in given.arch:
         for task in given.tasks:

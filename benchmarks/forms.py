@@ -24,7 +24,7 @@ from fastafd.kernels.attack_head import attack_head_reference
 from fastafd.methods import Natural
 from fastafd.models import build_model, disentangle
 from fastafd.optim import make_sgd
-from fastafd.recipes import released
+from fastafd.recipes import AFD_ATTACK, released
 from fastafd.step import TrainStep
 
 Step = Callable[[Tensor, Tensor], Any]
@@ -42,7 +42,7 @@ def our_step(net: nn.Module, task: str, amp: str, engine: str) -> TrainStep:
 
 
 def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
-    steps = released().attack.steps if task == "afd" else 0
+    steps = AFD_ATTACK.steps if task == "afd" else 0
     return plain.PlainStep(disentangle(net), disentangle(net).backbone, steps, **form)
 
 
@@ -123,4 +123,4 @@ def counted_flops(arch: str, task: str) -> int:
         return count(update)
     with torch.no_grad():
         teacher = count(lambda: model.features(x))
-    return released().attack.steps * count(gradient) + teacher + count(update)
+    return AFD_ATTACK.steps * count(gradient) + teacher + count(update)

@@ -52,7 +52,9 @@ class AFDStep(TrainStep):
         config = find_recipe(recipe) if isinstance(recipe, str) else recipe
         if not isinstance(config.method, AFD):
             raise UsageError(f"recipe: {config.recipe} is of {config.method.label}, AFDStep takes a recipe of AFD")
-        attack = attack or config.attack
+        if attack is None:
+            assert isinstance(config.attack, PGD)
+            attack = config.attack
         own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
         of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
         for name in fields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastafd.attacks import PGD
+from fastafd.attacks import Ball
 from fastafd.methods import Method
 from fastafd.settings import check, choice, lr_steps, number, optional, part, path, setting, switch, text, weights_file
 
@@ -45,13 +45,18 @@ class Task:
 
 @dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent with momentum over a number of epochs; the learning rate falls in steps."""
+    """Stochastic gradient descent with momentum over a number of epochs."""
 
     epochs: int = setting(20, "passes over the training images", number(0, whole=True))
     batch_size: int = setting(128, "images a step", number(1, whole=True))
     lr: float = setting(0.025, "initial learning rate", number(0))
     lr_schedule: tuple[tuple[float, float], ...] = setting(
         ((0.0, 1.0),), "from a fraction of the run on, lr times a factor: 0:1,0.5:0.8", lr_steps
+    )
+    lr_between: str = setting(
+        "steps",
+        "between those fractions lr stays (steps) or goes straight to the next (lines)",
+        choice("steps", "lines"),
     )
     momentum: float = setting(0.9, "momentum", number(0, 1))
     weight_decay: float = setting(
@@ -68,7 +73,8 @@ class TrainConfig:
 
     recipe: str = setting(
         "released",
-        "method and where all other settings start: released, paper, released_cifar100, digits (of AFD), vaft",
+        "method and where all other settings start: released, paper, released_cifar100, digits, vaft_d, vaft_a (AFD), "
+        "vaft, afkd, arrest, rift, pgd_at, trades, free_at, fgsm_ga or atas",
         text,
     )
     matched: bool = setting(
@@ -76,7 +82,7 @@ class TrainConfig:
     )
     task: Task = part(flat=True)
     method: Method = part(flat=True)
-    attack: PGD = part()
+    attack: Ball = part()  # a PGD, or the ball alone of a method that steps in a way of its own
     sgd: SGD = part(flat=True)
     pretrain: SGD = part()
     attack_bn: str = setting(
@@ -110,7 +116,7 @@ class PretrainConfig:
     """A natural pre-training run; the defaults are the paper's appendix."""
 
     task: Task = part(flat=True, default=Task())
-    sgd: SGD = part(flat=True, default=SGD(100, 128, 0.1, ((0.0, 1.0), (0.75, 0.1), (0.9, 0.01)), 0.9, 5e-4))
+    sgd: SGD = part(flat=True, default=SGD(100, 128, 0.1, ((0.0, 1.0), (0.75, 0.1), (0.9, 0.01))))
     out: Path | None = setting(
         None, "run folder; default a folder in the cache that the configuration names", optional(path)
     )

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Snapshot, input_gradient
+from fastafd.attacks import PGD, Snapshot
 from fastafd.console import Console
 from fastafd.ema import EMA
-from fastafd.methods import Loss, Method
-from fastafd.models import Disentangled, Split
+from fastafd.methods import Batch, Loss, Method
+from fastafd.models import Disentangled, SplitNet
 from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
@@ -36,6 +36,8 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 class Engine(Protocol):
     """x, x_adv (B,3,H,W) in [0,1]; y (B,) int64; features (B,D)."""
+
+    amp: torch.dtype | None  # of the forward passes; None: the weights' own
 
     def teacher_features(self, x: Tensor) -> Tensor:
         """To be read after `join` or `loss`."""
@@ -49,7 +51,7 @@ class Engine(Protocol):
         """x_adv of the attack on the f1 path, in eval mode (BatchNorm)."""
         ...
 
-    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+    def loss(self, batch: Batch) -> Loss:
         """The method's loss in train mode (BatchNorm)."""
         ...
 
@@ -91,16 +93,13 @@ class Reference:
         assert self.attack is not None
         self.model.train(self.attack_bn == "train")
 
-        def gradient(x_adv: Tensor) -> Tensor:
-            with autocast(self.device, self.amp):
-                return input_gradient(self.model, x_adv, y)
+        with autocast(self.device, self.amp):
+            return self.attack.climb(self.attack.ascent(self.model, x, y), x, noise)
 
-        return self.attack.climb(gradient, x, noise)
-
-    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+    def loss(self, batch: Batch) -> Loss:
         self.model.train()
         with autocast(self.device, self.amp):
-            return self.method.loss(self.model, x_adv, y, teacher_features)
+            return self.method.loss(self.model, batch)
 
     def average(self, weight: float | Tensor) -> None:
         if self.ema is not None:
@@ -108,7 +107,7 @@ class Reference:
 
     @torch.no_grad()
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.model, Split)
+        assert isinstance(self.model, SplitNet)
         self.model.eval()
         with autocast(self.device, self.amp):
             f1 = self.model.f1(x)
@@ -135,7 +134,7 @@ class Fast:
         dtype = self.amp or first.dtype
         self.snapshot: Snapshot | None = None
         if method.adversarial and attack is not None:
-            if not isinstance(model, Split):
+            if not isinstance(model, SplitNet):
                 raise ValueError(
                     f"the fast engine attacks fastafd.disentangle(net) or fastafd.models.split(net),"
                     f" not {type(model).__name__}"
@@ -176,10 +175,10 @@ class Fast:
         with autocast(self.device, self.amp):
             return self.attack.climb(lambda x_adv: self._gradient(x_adv, y), x, noise)
 
-    def loss(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+    def loss(self, batch: Batch) -> Loss:
         self.join()
         self.model.train()
-        return self._loss(x_adv, y, teacher_features)
+        return self._loss(batch)
 
     def join(self) -> None:
         """Let the current stream wait for the teacher."""
@@ -197,9 +196,9 @@ class Fast:
         with autocast(self.device, self.amp):
             return self.snapshot.f1(x)
 
-    def _forward(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
+    def _forward(self, batch: Batch) -> Loss:
         with autocast(self.device, self.amp):
-            return self.method.loss(self.model, x_adv, y, teacher_features)
+            return self.method.loss(self.model, batch)
 
 
 class Compiled:
@@ -247,6 +246,15 @@ def resolve_engine(engine: str, device: torch.device) -> str:
     if engine not in ENGINES:
         raise unknown("engine", engine, ["auto", *ENGINES])
     return engine
+
+
+def engine_of(method: Method, engine: str, device: torch.device, console: Console) -> str:
+    """`resolve_engine`, and a line where the method has only the reference."""
+    resolved = resolve_engine(engine, device)
+    if resolved == "fast" and method.only_reference:
+        console.line(f"{method.label} runs uncompiled, on the reference engine: {method.only_reference}")
+        return "reference"
+    return resolved
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -71,13 +71,18 @@ def fit(
     with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar:
         while done < per_epoch * sgd.epochs:
             epoch, first = divmod(done, per_epoch)
-            rate = learning_rate(epoch, sgd.epochs, sgd.lr, sgd.lr_schedule)
-            for group in step.optimizer.param_groups:
-                group["lr"] = rate
+            rate = -1.0  # none yet
             batches = loader.epoch(epoch, first)
             try:
                 while (batch := log.next_batch(batches)) is not None:
                     due = (done + 1) % log_every == 0 or done + 1 == per_epoch * sgd.epochs
+                    before, rate = (
+                        rate,
+                        learning_rate(done / per_epoch, sgd.epochs, sgd.lr, sgd.lr_schedule, sgd.lr_between),
+                    )
+                    if rate != before:
+                        for group in step.optimizer.param_groups:
+                            group["lr"] = rate
                     metrics = step(*batch, probe=due)
                     done += 1
                     log.add(metrics, len(batch[1]))

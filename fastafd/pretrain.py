@@ -55,9 +55,7 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
 
     task, sgd = config.task, config.sgd
     device = resolve_device(task.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)
-        net = build_model(task.arch, len(dataset.classes), task.normalize)
+    net = fresh_model(task, dataset)
     loader = loader_of(task, sgd.batch_size, dataset, device, console)
     net = net.to(device)
     step = TrainStep(
@@ -90,6 +88,13 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
     return net, found
 
 
+def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
+    """A classifier with weights drawn from the task's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        return build_model(task.arch, len(dataset.classes), task.normalize)
+
+
 def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.device, console: Console) -> Loader:
     """The training images in batches, on the device."""
     return make_loader(
@@ -118,7 +123,7 @@ def natural_model(pretrained: str, task: Task, dataset: Dataset, console: Consol
         source = Path(pretrained).expanduser()
         source = source / "model.safetensors" if source.is_dir() else source
     fit_weights(net, load_weights(source), source)
-    console.line(f"natural model: {source}")
+    console.line(f"pre-trained model: {source}")
     return net.eval()
 
 

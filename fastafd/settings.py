@@ -134,7 +134,7 @@ def switch(value: object, field: str) -> bool:
 
 
 def lr_steps(value: object, field: str) -> tuple[tuple[float, float], ...]:
-    """A step schedule: pairs (fraction of the run, factor on lr), also written "0:1,0.5:0.8"."""
+    """A schedule: pairs (fraction of the run, factor on lr), also written "0:1,0.5:0.8"."""
     takes = "pairs FRACTION:FACTOR from 0 on, rising, such as 0:1,0.75:0.1,0.9:0.01"
     try:
         pairs = [pair.split(":") for pair in value.split(",")] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
@@ -142,7 +142,7 @@ def lr_steps(value: object, field: str) -> tuple[tuple[float, float], ...]:
     except (TypeError, ValueError):
         raise UsageError(f"{field}: got {value!r}, takes {takes}") from None
     starts = [at for at, _ in steps]
-    if not steps or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1 or min(f for _, f in steps) < 0:
+    if not steps or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] > 1 or min(f for _, f in steps) < 0:
         raise UsageError(f"{field}: got {value!r}, takes {takes}")
     return steps
 

@@ -26,19 +26,19 @@ from fastafd.engine import (
     Fast,
     Reference,
     algorithms_by_trial,
+    engine_of,
     keep_compiled,
     resolve_amp,
-    resolve_engine,
 )
 from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
-from fastafd.methods import Loss, Method
-from fastafd.models import Split, split
+from fastafd.methods import Batch, Loss, Method
+from fastafd.models import SplitNet, split
 from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
-# images, labels, crop offsets, flips, the attack's noise
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# images, labels, crop offsets, flips, the attack's noise, the epoch
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Seen = tuple[Tensor, Tensor, Tensor | None]  # x, x_adv, the teacher's features of x
 
 
@@ -59,13 +59,18 @@ class TrainStep:
         engine: str = "auto",
         augment: Augment | None = None,
         seed: int = 0,
+        per_epoch: int = 0,
         console: Console | None = None,
     ):
+        """per_epoch: steps of an epoch, for a method that does something else in another epoch."""
         if method.uses_teacher and teacher is None:
             raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
-        self.attack = attack if method.adversarial else None
+        self.attack = attack if method.adversarial and method.attacks else None
+        self.per_epoch = per_epoch
+        if method.replays_noise and (self.attack is None or not self.attack.random_start):
+            raise UsageError(f"attack.random_start: got false, takes true with {method.label}, which replays its noise")
         frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
         self.taught = frozen is not None
         self.ema = EMA(model, ema_decay) if ema_decay else None
@@ -77,7 +82,7 @@ class TrainStep:
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
 
-        self.fast = resolve_engine(engine, self.device) == "fast"
+        self.fast = engine_of(method, engine, self.device, self.console) == "fast"
         self.graphs: Graphs | None = None
         self.engine: Engine
         if not self.fast:
@@ -157,7 +162,7 @@ class TrainStep:
         """The batch and all that is drawn for it, on the device."""
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, torch.int64, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
-        offsets = flips = noise = None
+        offsets = flips = noise = epoch = None
         if x.dtype == torch.uint8:
             x = (x if x.shape[-1] == 3 else x.permute(0, 2, 3, 1)).contiguous()
             if self.augment is not None:
@@ -169,7 +174,9 @@ class TrainStep:
         if self.attack is not None:
             like = torch.empty(shape, dtype=dtype, device=self.device, memory_format=torch.channels_last)
             noise = self.attack.draw(like, self.generator)
-        return x, y, offsets, flips, noise
+        if self.method.replays_noise:
+            epoch = torch.full((), self.steps // self.per_epoch + 1, device=self.device)
+        return x, y, offsets, flips, noise, epoch
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
         """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""
@@ -178,7 +185,7 @@ class TrainStep:
                 f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
                 " normalisation belongs inside the model (fastafd.models.Normalize)"
             )
-        linear = self.model.classifier if isinstance(self.model, Split) else None
+        linear = self.model.classifier if isinstance(self.model, SplitNet) else None
         if y.min() < 0 or (linear is not None and y.max() >= linear.out_features):
             classes = "" if linear is None else f" to {linear.out_features - 1}"
             raise UsageError(f"y: got labels from {int(y.min())} to {int(y.max())}, takes 0{classes}")
@@ -187,7 +194,7 @@ class TrainStep:
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
     ) -> tuple[dict[str, Tensor], Seen]:
         """The step itself, on the device alone."""
-        images, y, offsets, flips, noise = inputs
+        images, y, offsets, flips, *_ = inputs
         with timer("augment"):
             x = self._pixels(images, offsets, flips)
         teacher_features = None
@@ -195,15 +202,15 @@ class TrainStep:
             with timer("teacher"):
                 teacher_features = self.engine.teacher_features(x)
         x_adv = x
-        if self.attack is not None:
+        if self.method.adversarial:
             with timer("attack"):
-                x_adv = self.engine.perturb(x, noise, y)
+                x_adv = self._attacked(x, inputs, teacher_features)
         probed: dict[str, Tensor] = {}
         if probe:
             with timer("probe"):
                 probed = self._probe(y, x, x_adv, teacher_features)
         with timer("update"):
-            out = self._update(x_adv, y, teacher_features)
+            out = self._update(Batch(x, x_adv, y, teacher_features))
         if self.ema is not None:
             with timer("ema"):
                 self.engine.average(weight)
@@ -211,8 +218,21 @@ class TrainStep:
         correct = (out.logits.argmax(1) == y).float().mean()
         return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}, (x, x_adv, teacher_features)
 
-    def _update(self, x_adv: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        out = self.engine.loss(x_adv, y, teacher_features)
+    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+        """The images to train on in the place of x."""
+        _, y, _, _, noise, epoch = inputs
+        x_adv = self.engine.perturb(x, noise, y)
+        if noise is not None and epoch is not None:
+            self.engine.join()
+            features, _ = self.engine.f1(x)
+            x_adv = self.method.replay(Batch(x, x_adv, y, teacher_features), noise, features, epoch)
+        return x_adv
+
+    def _loss(self, batch: Batch) -> Loss:
+        return self.engine.loss(batch)
+
+    def _update(self, batch: Batch) -> Loss:
+        out = self._loss(batch)
         self.model.zero_grad(set_to_none=True)
         self.scaler.scale(out.total).backward()
         self.scaler.step(self.optimizer)
@@ -322,8 +342,8 @@ NORMS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
-    whole = copy.deepcopy(teacher) if isinstance(teacher, Split) else split(teacher)
-    if isinstance(student, Split) and whole.classifier.in_features != student.classifier.in_features:
+    whole = copy.deepcopy(teacher) if isinstance(teacher, SplitNet) else split(teacher)
+    if isinstance(student, SplitNet) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(
             f"the teacher has {whole.classifier.in_features} features, the model {student.classifier.in_features}"
         )

@@ -12,7 +12,9 @@ model.safetensors (merged) and result.json.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import platform
 import sys
 import time
@@ -24,18 +26,22 @@ import torch
 from torch import nn
 
 from fastafd import cli
+from fastafd.attacks import PGD
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
-from fastafd.data import Augment, load_dataset
-from fastafd.engine import resolve_amp, resolve_device, resolve_engine
+from fastafd.data import Augment, Dataset, Loader, Split, load_dataset
+from fastafd.engine import engine_of, resolve_amp, resolve_device
 from fastafd.evaluate import ATTACKS, evaluate, provenance, show
+from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit
-from fastafd.models import Disentangled, Split, check_model, disentangle, split
+from fastafd.methods import ATAS, FreeAT, GradAlign, RiFT
+from fastafd.models import Disentangled, SplitNet, check_model, disentangle, split
 from fastafd.optim import make_sgd
-from fastafd.pretrain import about, loader_of, natural_model, pretrain
+from fastafd.pretrain import about, fresh_model, loader_of, natural_model, pretrain
 from fastafd.recipes import find_recipe, matched
+from fastafd.rift import attacked_images, choose_mixture, criticality, hold_out
 from fastafd.settings import UsageError
 from fastafd.step import TrainStep
 
@@ -44,14 +50,14 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     console = Console()
     config, folder = configure(argv)
-    task, sgd = config.task, config.sgd
+    task, method = config.task, config.method
     check_model(task.arch, task.normalize)
     device = resolve_device(task.device)
-    task = dataclasses.replace(task, engine=resolve_engine(task.engine, device))  # a resumed run keeps it
+    task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))  # a resumed run keeps it
     config = dataclasses.replace(config, task=task)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
-    # Images, and a natural classifier of them, of which the run keeps a copy: it is the teacher after a resume too.
+    # Images, and the weights that the method begins with; the run keeps a copy: it is the teacher after a resume too.
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
     classes = len(dataset.classes)
     console.line(
@@ -59,32 +65,171 @@ def main(argv: list[str]) -> None:
         f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}, "
         f"{task.engine} engine"
     )
-    loader = loader_of(task, sgd.batch_size, dataset, device, console)
-    kept, given = folder / "natural.safetensors", None
-    if kept.exists():
-        given = load_model_about(kept)
-    elif config.pretrained is not None:
-        given = natural_model(config.pretrained, task, dataset, console), about(task, dataset)
+    held: Split | None = None
+    if isinstance(method, RiFT):
+        train, held = hold_out(dataset.train, method.held_out, task.seed)
+        dataset = dataclasses.replace(dataset, train=train)
+    loader = loader_of(task, config.sgd.batch_size, dataset, device, console)
+    given = start_of(config, folder, dataset, console)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
     console.line(f"run folder: {folder}; batches from the {loader.kind} loader")
-    natural, origin = given or pretrain(pretraining(config), dataset, console)
-    if not kept.exists():
-        save_model(kept, natural, origin)
-    natural = natural.to(device)
+    start, origin = given or pretrain(pretraining(config), dataset, console)
+    kept = folder / f"{method.begins}.safetensors"
+    if method.begins != "scratch" and not kept.exists():
+        save_model(kept, start, origin)
+    start = start.to(device)
 
-    # Fine-tuning: D1 and D2 go in if the method has them, the natural model teaches, the weight average comes out.
+    # Training: what comes out is a plain classifier, and of a disentangled one also what reads its confused features.
+    more: dict[str, Any] = {}
+    confused = None
+    if held is not None:
+        trained, seconds, more["rift"] = rift_by(config, start, held, loader, dataset, folder, console)
+    else:
+        trained, confused, seconds = train_by(config, start, loader, dataset, folder, console)
+    save_model(folder / "model.safetensors", trained, about(task, dataset))
+
+    # All models on the same test images.
+    evaluated_from = time.monotonic()
+    attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
+    if config.autoattack_n and classes < 4:
+        console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
+    evaluated: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    if method.begins != "scratch":
+        evaluated[method.begins] = start, attacks
+    evaluated[method.label] = trained, attacks
+    if confused is not None:
+        evaluated[f"{method.label}, f2"] = confused, ATTACKS[:1]
+    results = {
+        name: evaluate(
+            net,
+            dataset.test,
+            under,
+            n=config.eval_n,
+            autoattack_n=config.autoattack_n,
+            seed=task.seed,
+            console=console,
+            label=name,
+        )
+        for name, (net, under) in evaluated.items()
+    }
+    summary: dict[str, Any] = {
+        "models": results,
+        "seconds": {
+            # null for weights of unknown origin
+            "pretraining": 0.0 if method.begins == "scratch" else origin.get("pretraining_seconds"),
+            "finetuning": seconds,
+            "evaluation": time.monotonic() - evaluated_from,
+        },
+        **more,
+        "config": dataclasses.asdict(config),
+        **environment,
+    }
+    save_text(folder / "result.json", as_json(summary))
+    show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+    console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
+
+
+def start_of(
+    config: TrainConfig, folder: Path, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The weights that the method begins with, and what is known of them; None where they are yet to be pre-trained."""
+    begins, kept = config.method.begins, folder / f"{config.method.begins}.safetensors"
+    if begins == "scratch":
+        if config.pretrained is not None:
+            raise UsageError(
+                f"pretrained: got {config.pretrained}, and recipe {config.recipe} begins with fresh weights"
+            )
+        return fresh_model(config.task, dataset), {}
+    if kept.exists():
+        return load_model_about(kept)
+    if config.pretrained is not None:
+        return natural_model(config.pretrained, config.task, dataset, console), about(config.task, dataset)
+    if begins == "robust":
+        raise UsageError(
+            f"pretrained: got none, and recipe {config.recipe} begins with an adversarially trained model,"
+            " such as the run folder of recipe pgd_at"
+        )
+    return None
+
+
+def train_by(
+    config: TrainConfig, start: nn.Module, loader: Loader, dataset: Dataset, folder: Path, console: Console
+) -> tuple[nn.Module, nn.Module | None, dict[str, float]]:
+    """Train `start` by the config's method: the classifier, that of its f2 if there is one, seconds by phase."""
+    task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
     torch.manual_seed(task.seed)  # for networks that draw in their forward; all else has generators of its own
-    method = config.method
-    model = disentangle(natural) if method.disentangled else split(natural)
+    model = disentangle(start) if method.disentangled else split(start)
+    optimizer = make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay)
+    around: dict[str, Any] = {
+        "teacher": start if method.begins == "natural" else None,
+        "ema_decay": config.ema_decay,
+        "amp": task.amp,
+        "engine": task.engine,
+        "augment": Augment(dataset.padding, dataset.flip, task.seed),
+        "seed": task.seed,
+        "console": console,
+    }
+    step: TrainStep
+    if isinstance(method, FreeAT):
+        loader = Replayed(loader, method.replays)
+        step = FreeStep(model, optimizer, method, ball=attack, **around)
+    elif isinstance(method, GradAlign):
+        step = GradAlignStep(model, optimizer, method, ball=attack, **around)
+    elif isinstance(method, ATAS):
+        step = ATASStep(model, optimizer, method, ball=attack, loader=loader, epochs=sgd.epochs, **around)
+    else:
+        assert isinstance(attack, PGD)
+        around |= {"attack": attack, "attack_bn": config.attack_bn, "per_epoch": len(loader)}
+        step = TrainStep(model, optimizer, method, **around)
+    seconds = fit(
+        step,
+        loader,
+        sgd,
+        folder,
+        console,
+        label=method.label,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        identity=dataset.train.identity,
+    )
+    tuned = step.averaged()
+    assert isinstance(tuned, SplitNet)
+    return tuned.merge(), tuned.merge_confused() if isinstance(tuned, Disentangled) else None, seconds
+
+
+def rift_by(
+    config: TrainConfig,
+    robust: nn.Module,
+    held: Split,
+    loader: Loader,
+    dataset: Dataset,
+    folder: Path,
+    console: Console,
+) -> tuple[nn.Module, dict[str, float], dict[str, Any]]:
+    """RiFT from `robust`: the classifier, seconds by phase, what was chosen on the held-out images and why."""
+    task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
+    assert isinstance(method, RiFT) and isinstance(attack, PGD)
+    began = time.monotonic()
+    chosen = folder / "criticality.json"
+    if not chosen.exists():
+        x_adv, y = attacked_images(robust, held, attack, sgd.batch_size, task.seed)
+        of_each = criticality(
+            robust, x_adv, y, radius=method.radius, climbs=method.climbs, batch_size=512, console=console
+        )
+        save_text(chosen, as_json(of_each))
+    of_each = json.loads(chosen.read_text())
+    module = min(of_each, key=lambda name: of_each[name])
+    console.line(f"RiFT: {module} is the least critical of {len(of_each)} modules")
+    choosing = time.monotonic() - began
+
+    net = copy.deepcopy(robust).requires_grad_(False)
+    net.get_submodule(module).requires_grad_()
     step = TrainStep(
-        model,
-        make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay),
+        net,
+        make_sgd(net, sgd.lr, sgd.momentum, sgd.weight_decay),
         method,
-        teacher=natural,
-        attack=config.attack,
-        attack_bn=config.attack_bn,
         ema_decay=config.ema_decay,
         amp=task.amp,
         engine=task.engine,
@@ -103,48 +248,14 @@ def main(argv: list[str]) -> None:
         save_every=config.save_every,
         identity=dataset.train.identity,
     )
-    tuned = step.averaged()
-    assert isinstance(tuned, Split)
-    robust = tuned.merge()
-    save_model(folder / "model.safetensors", robust, about(task, dataset))
-
-    # Both models on the same test images; of a disentangled one also what the confused features alone predict.
-    evaluated_from = time.monotonic()
-    attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
-    if config.autoattack_n and classes < 4:
-        console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
-    evaluated: dict[str, tuple[nn.Module, tuple[str, ...]]] = {
-        "natural": (natural, attacks),
-        method.label: (robust, attacks),
-    }
-    if isinstance(tuned, Disentangled):
-        evaluated[f"{method.label}, f2"] = tuned.merge_confused(), ATTACKS[:1]
-    results = {
-        name: evaluate(
-            net,
-            dataset.test,
-            under,
-            n=config.eval_n,
-            autoattack_n=config.autoattack_n,
-            seed=task.seed,
-            console=console,
-            label=name,
-        )
-        for name, (net, under) in evaluated.items()
-    }
-    summary: dict[str, Any] = {
-        "models": results,
-        "seconds": {
-            "pretraining": origin.get("pretraining_seconds"),  # null for weights of unknown origin
-            "finetuning": seconds,
-            "evaluation": time.monotonic() - evaluated_from,
-        },
-        "config": dataclasses.asdict(config),
-        **environment,
-    }
-    save_text(folder / "result.json", as_json(summary))
-    show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
-    console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
+    began = time.monotonic()
+    mixed, rows, share = choose_mixture(
+        robust, step.averaged(), held, attack, method.robust_drop / 100, task.seed, console
+    )
+    console.line(f"RiFT: {share:.1f} of the fine-tuned weights, {1 - share:.1f} of the robust ones")
+    seconds |= {"criticality": choosing, "mixing": time.monotonic() - began}
+    seconds["wall"] += seconds["criticality"] + seconds["mixing"]
+    return mixed, seconds, {"module": module, "share": share, "mixtures": rows, "criticality": of_each}
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:

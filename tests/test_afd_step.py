@@ -366,7 +366,7 @@ def test_uint8_batches_of_either_layout_are_the_same_pixels(padding):
             model = fastafd.disentangle(net)
             augment = Augment(padding, True, seed=1) if augmented else None
             step = fastafd.AFDStep(model, net, make_sgd(model, 0.1, 0.9, 0.0), augment=augment)
-            images, _, offsets, flips, _ = step._inputs(batch, torch.zeros(4))
+            images, _, offsets, flips, *_ = step._inputs(batch, torch.zeros(4))
             seen.append(step._pixels(images, offsets, flips))
         assert torch.equal(*seen) and seen[0].dtype == torch.float64
         assert seen[0].is_contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,19 @@
 """Attacks: the l-infinity threat model, projected gradient descent in it, and AutoAttack."""
 
 from fastafd.attacks.autoattack import AutoAttackFound, check_classes, run_autoattack
+from fastafd.attacks.kl import KLPGD
 from fastafd.attacks.pgd import PGD, input_gradient
 from fastafd.attacks.snapshot import Snapshot
+from fastafd.attacks.threat import Ball, linf_noise
 
-__all__ = ["PGD", "AutoAttackFound", "Snapshot", "check_classes", "input_gradient", "run_autoattack"]
+__all__ = [
+    "KLPGD",
+    "PGD",
+    "AutoAttackFound",
+    "Ball",
+    "Snapshot",
+    "check_classes",
+    "input_gradient",
+    "linf_noise",
+    "run_autoattack",
+]

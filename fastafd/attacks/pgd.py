@@ -9,24 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.attacks.threat import linf_noise
+from fastafd.attacks.threat import Ball, linf_noise
 from fastafd.kernels import linf_step
-from fastafd.settings import check, number, pixels, setting, switch
+from fastafd.settings import number, pixels, setting, switch
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(Ball):
     """An l-infinity PGD attack; call it with a classifier and a batch. `eps` and `step_size` also take "8/255"."""
 
-    eps: float = setting(
-        8 / 255, "radius of the l-infinity ball, in pixels of [0,1]; a fraction such as 8/255 too", pixels
-    )
     step_size: float = setting(2 / 255, "length of one step, in pixels of [0,1]; a fraction such as 2/255 too", pixels)
     steps: int = setting(10, "number of gradient steps", number(0, whole=True))
-    random_start: bool = setting(True, "start at a uniform point of the ball rather than at the image", switch)
-
-    def __post_init__(self) -> None:
-        check(self)
+    random_start: bool = setting(True, "start at a random point of the ball rather than at the image", switch)
 
     def __call__(
         self,
@@ -41,7 +35,11 @@ class PGD:
         x: (B,3,H,W) in [0,1]; y: (B,) int64. The generator draws the start and lives on x's device.
         Only the gradient of the input is formed, none of a weight, and nothing but x_adv is kept.
         """
-        return self.climb(lambda x_adv: input_gradient(classifier, x_adv, y), x, self.draw(x, generator))
+        return self.climb(self.ascent(classifier, x, y), x, self.draw(x, generator))
+
+    def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        """What to climb along at x_adv, a leaf that requires grad: the gradient of the cross-entropy."""
+        return lambda x_adv: input_gradient(classifier, x_adv, y)
 
     def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """The start's distance from an image of this shape, type, memory format and device; None without one."""

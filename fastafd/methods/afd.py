@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastafd.kernels import afd_loss
-from fastafd.methods.base import Loss
+from fastafd.methods.base import Batch, Loss, Method
 from fastafd.models import Disentangled
 from fastafd.settings import check, number, setting
 
 
 @dataclass(frozen=True)
-class AFD:
+class AFD(Method):
     """alpha L1 + beta L2 + L3. With alpha = beta = gamma = 0 it is plain adversarial fine-tuning through D1."""
 
     label: ClassVar[str] = "AFD"
-    adversarial: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = True
     disentangled: ClassVar[bool] = True
 
@@ -30,12 +29,12 @@ class AFD:
     def __post_init__(self) -> None:
         check(self)
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        assert isinstance(model, Disentangled) and teacher_features is not None
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        assert isinstance(model, Disentangled) and batch.teacher_features is not None
         out = afd_loss(
-            model.features(x),
-            teacher_features,
-            y,
+            model.features(batch.x_adv),
+            batch.teacher_features,
+            batch.y,
             model.d1.weight,
             model.d2.weight,
             model.classifier.weight,

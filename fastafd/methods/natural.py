@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastafd.methods.base import Loss, cross_entropy
+from fastafd.methods.base import Batch, Loss, Method, cross_entropy
 
 
 @dataclass(frozen=True)
-class Natural:
+class Natural(Method):
     label: ClassVar[str] = "natural"
+    begins: ClassVar[str] = "scratch"
     adversarial: ClassVar[bool] = False
-    uses_teacher: ClassVar[bool] = False
-    disentangled: ClassVar[bool] = False
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        return cross_entropy(model(x), y)
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return cross_entropy(model(batch.x), batch.y)

@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastafd.methods.base import Loss, cross_entropy
+from fastafd.methods.base import Batch, Loss, Method, cross_entropy
 
 
 @dataclass(frozen=True)
-class VAFT:
+class VAFT(Method):
     """PGD adversarial training that begins with a natural model. It has no hyper-parameters of its own."""
 
     label: ClassVar[str] = "vAFT"
-    adversarial: ClassVar[bool] = True
-    uses_teacher: ClassVar[bool] = False
-    disentangled: ClassVar[bool] = False
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor, teacher_features: Tensor | None) -> Loss:
-        return cross_entropy(model(x), y)
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return cross_entropy(model(batch.x_adv), batch.y)

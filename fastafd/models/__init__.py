@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastafd.models.disentangle import Disentangled, disentangle
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
-from fastafd.models.split import Split, split
+from fastafd.models.split import SplitNet, split
 from fastafd.models.wideresnet import WideResNet
 from fastafd.settings import UsageError, unknown
 
@@ -20,7 +20,7 @@ __all__ = [
     "NORMALIZATIONS",
     "Disentangled",
     "Normalize",
-    "Split",
+    "SplitNet",
     "build_model",
     "check_model",
     "disentangle",

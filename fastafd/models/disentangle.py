@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastafd.models.split import Split, split
+from fastafd.models.split import SplitNet, split
 
 
-class Disentangled(Split):
+class Disentangled(SplitNet):
     """A classifier as `backbone` (pooled features g), `d1`, `d2` and `classifier`. Made by `disentangle`."""
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Split(nn.Module):
+class SplitNet(nn.Module):
     """A classifier as `backbone` (pooled features g) and `classifier`. Made by `split`."""
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):
@@ -44,16 +44,16 @@ class Split(nn.Module):
         return net
 
 
-Halves = TypeVar("Halves", bound=Split)
+Halves = TypeVar("Halves", bound=SplitNet)
 
 
-def split(net: nn.Module, into: type[Halves] = Split) -> Halves:  # type: ignore[assignment]
+def split(net: nn.Module, into: type[Halves] = SplitNet) -> Halves:  # type: ignore[assignment]
     """A copy of `net` as backbone and classifier.
 
     `net` is any classifier that ends in one nn.Linear: those of `fastafd.models`, of torchvision, of timm.
     Raises ValueError where there is none, or where a layer with parameters is registered behind it.
     """
-    if isinstance(net, Split):
+    if isinstance(net, SplitNet):
         raise ValueError("the network is split or disentangled already; merge() it first")
     net = copy.deepcopy(net)
     leaves = [(name, m) for name, m in net.named_modules() if next(m.children(), None) is None]

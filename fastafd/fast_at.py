@@ -1,0 +1,179 @@
+"""The steps of the fast adversarial training methods, each with an attack of its own: Free-AT, FGSM-GA and ATAS.
+
+They run on the reference engine: one keeps a perturbation from batch to batch, one differentiates a gradient, one keeps
+a perturbation of every training image. What they keep is part of their state, so that they too resume step-exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastafd.attacks import Ball, input_gradient, linf_noise
+from fastafd.data import Loader
+from fastafd.data.loaders import Batches, epoch_order
+from fastafd.engine import autocast
+from fastafd.methods import ATAS, Batch, FreeAT, GradAlign, Loss
+from fastafd.methods.atas import window
+from fastafd.methods.grad_align import misalignment
+from fastafd.step import Inputs, TrainStep
+
+
+class Replayed(Loader):
+    """Every batch of `loader` several times in a row."""
+
+    def __init__(self, loader: Loader, times: int):
+        self.kind, self.loader, self.times = loader.kind, loader, times
+        self.n, self.batch_size, self.seed, self.device = loader.n, loader.batch_size, loader.seed, loader.device
+        self.batches = times * len(loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
+        whole, left = divmod(start, self.times)
+        batches = self.loader.epoch(epoch, whole)
+        try:
+            for batch in batches:
+                for _ in range(left, self.times):
+                    yield batch
+                left = 0
+        finally:
+            batches.close()
+
+
+class FreeStep(TrainStep):
+    """A pass of Free-AT; its loader is `Replayed`. The crop and flip of a batch's first pass are those of all."""
+
+    method: FreeAT
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: FreeAT, *, ball: Ball, **more: Any):
+        super().__init__(model, optimizer, method, **more)
+        self.eps = ball.eps
+        self.delta: Tensor | None = None
+        self.drawn: tuple[Tensor | None, Tensor | None] = None, None
+
+    def _inputs(self, x: Tensor, y: Tensor) -> Inputs:
+        x, y, offsets, flips, noise, epoch = super()._inputs(x, y)
+        if self.steps % self.method.replays == 0:
+            self.drawn = offsets, flips
+        return x, y, *self.drawn, noise, epoch
+
+    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+        if self.delta is None:
+            self.delta = torch.zeros_like(x)
+        return (x + self.delta).requires_grad_()
+
+    def _update(self, batch: Batch) -> Loss:
+        out = super()._update(batch)
+        assert self.delta is not None and batch.x_adv.grad is not None
+        self.delta = self.method.moved(self.delta, batch.x_adv.grad, batch.x, self.eps)
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"delta": self.delta, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        offsets, flips = state["drawn"]
+        self.delta, self.drawn = self._here(state["delta"]), (self._here(offsets), self._here(flips))
+
+    def _here(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.device)
+
+
+class GradAlignStep(TrainStep):
+    """A step of FGSM with gradient alignment, BatchNorm in train mode throughout: at x, at x + delta, at x + eta."""
+
+    method: GradAlign
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: GradAlign, *, ball: Ball, **more: Any
+    ):
+        super().__init__(model, optimizer, method, **more)
+        self.eps = ball.eps
+
+    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+        self.model.train()
+        with autocast(self.device, self.engine.amp):
+            self.gradient = input_gradient(self.model, x.clone().requires_grad_(), inputs[1])
+        delta = (self.method.step_factor * self.eps * self.gradient.sign()).clamp(-self.eps, self.eps)
+        return (x + delta).clamp(0.0, 1.0)
+
+    def _loss(self, batch: Batch) -> Loss:
+        out = super()._loss(batch)
+        aside = (batch.x + linf_noise(batch.x, self.eps, self.generator)).requires_grad_()  # not clipped to [0,1]
+        with autocast(self.device, self.engine.amp):
+            logits = self.model(aside)
+            summed = F.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.y, reduction="sum"
+            )
+            (gradient,) = torch.autograd.grad(summed, aside, create_graph=True)
+        turned = misalignment(self.gradient, gradient)
+        return out._replace(
+            total=out.total + self.method.align_weight * turned, terms=out.terms | {"misalignment": turned.detach()}
+        )
+
+
+class ATASStep(TrainStep):
+    """A step of ATAS. Which images a batch holds is known from the loader's order."""
+
+    method: ATAS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: ATAS,
+        *,
+        ball: Ball,
+        loader: Loader,
+        epochs: int,
+        **more: Any,
+    ):
+        super().__init__(model, optimizer, method, **more)
+        self.eps, self.loader, self.epochs = ball.eps, loader, epochs
+        self.deltas: Tensor | None = None  # (N,3,H+2p,W+2p)
+        self.squares = torch.zeros(loader.n, dtype=next(model.parameters()).dtype, device=self.device)  # v
+        self._order = -1, np.empty(0)  # an epoch and its order
+
+    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+        _, y, offsets, flips, *_ = inputs
+        epoch, batch = divmod(self.steps, len(self.loader))
+        if offsets is None or flips is None:
+            offsets, flips = torch.zeros(len(x), 2, dtype=torch.int64, device=x.device), torch.zeros_like(y).bool()
+        if self.deltas is None or (batch == 0 and self._redraws(epoch)):
+            side = x.shape[2] + 2 * (0 if self.augment is None else self.augment.padding)
+            like = torch.empty(self.loader.n, 3, side, side, dtype=x.dtype, device=x.device)
+            self.deltas = linf_noise(like, self.eps, self.generator)
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.loader.n, self.loader.seed, epoch)
+        first = batch * self.loader.batch_size
+        images = torch.from_numpy(self._order[1][first : first + len(x)]).to(x.device)
+        _, rows, columns = window(offsets, flips, x.shape[2])
+        place = images[:, None, None], slice(None), rows, columns
+
+        start = (x + self.deltas[place].permute(0, 3, 1, 2)).clamp(0.0, 1.0)
+        self.model.eval()
+        with autocast(self.device, self.engine.amp):
+            gradient = input_gradient(self.model, start.clone().requires_grad_(), y) / len(x)  # of the mean
+        length: float | Tensor = self.eps
+        if epoch >= self.method.warm_up:
+            self.squares[images] = self.method.mean_square(self.squares[images], gradient)
+            length = self.method.step_sizes(self.squares[images])
+        x_adv = start + length * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - self.eps), x + self.eps).clamp(0.0, 1.0)
+        self.deltas[place] = (x_adv - x).permute(0, 2, 3, 1)
+        return x_adv
+
+    def _redraws(self, epoch: int) -> bool:
+        return (epoch + 1) % self.method.redraw_every == 0 and epoch + 1 != self.epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"deltas": self.deltas, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.deltas = None if state["deltas"] is None else state["deltas"].to(self.device)
+        self.squares = state["squares"].to(self.device)
