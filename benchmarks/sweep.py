@@ -44,7 +44,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What the runs are made smaller by: flags of all, of PGD's, of those that begin with other weights or with none."""
+    """What makes the runs smaller: flags of all, of those with PGD, of those from given weights and from scratch."""
 
     about: str
     all: str = ""
@@ -57,7 +57,7 @@ class Scale:
 SCALES = {
     "cifar10": Scale("ResNet-18, CIFAR-10, published settings"),
     "digits": Scale(
-        "ResNet-8 of half width, scikit-learn's digits, PGD of 7 steps in training, 7 epochs from given weights, 15 else",
+        "ResNet-8 of half width, digits, PGD of 7 steps in training, 7 epochs from given weights, 15 from scratch",
         all="--dataset digits --arch resnet8_half --batch-size 64 --log-every 11 --autoattack-n 20",
         pgd="--attack.steps 7 --attack.step-size 2/255",
         tuned="--epochs 7 --pretrain.epochs 8 --pretrain.batch-size 64",
@@ -70,7 +70,7 @@ SCALES = {
         },
     ),
     "small": Scale(
-        "ResNet-8, 10,000 CIFAR-10 images, PGD of 5 steps in training, 2 epochs from given weights, 4 else",
+        "ResNet-8, 10,000 CIFAR-10 images, PGD of 5 steps in training, 2 epochs from given weights, 4 from scratch",
         all="--dataset cifar10 --arch resnet8 --batch-size 64 --log-every 39 --save-every 78 --eval-n 1000"
         " --autoattack-n 50",
         pgd="--attack.steps 5 --attack.step-size 2/255",
@@ -102,8 +102,18 @@ def runs_of(what: str, scale: Scale, seeds: int, out: Path) -> dict[str, list[st
     for seed in range(seeds):
         if what != "methods":
             for value in WEIGHTS[what]:
-                own = {"alpha": [value, "--classifier-alpha", 2 * value], "beta": [2 * value], "gamma": [value]}[what]
-                words = ["--recipe", "released", *flags_of("released", scale), f"--{what}", *map(str, own)]
+                own: list[object] = [value]
+                if what == "alpha":
+                    own += ["--classifier-alpha", 2 * value]
+                elif what == "beta":
+                    own = [2 * value]
+                words = [
+                    "--recipe",
+                    "released",
+                    *flags_of("released", scale),
+                    f"--{what}",
+                    *map(str, own.get(what, [value])),
+                ]
                 found[f"{what}-{value:g}-seed{seed}"] = [*words, "--seed", str(seed)]
             continue
         for recipe, matched in [*((recipe, False) for recipe in METHODS), *((recipe, True) for recipe in MATCHED)]:

@@ -65,6 +65,29 @@ def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
     return dataclasses.replace(defaults, **changes)
 
 
+# Settings that say where, on what and how a run is done, and nothing of what it computes.
+ASIDE = (
+    "arch",
+    "dataset",
+    "data_dir",
+    "loader",
+    "device",
+    "amp",
+    "engine",
+    "seed",
+    "out",
+    "log_every",
+    "save_every",
+    "pretrained",
+)
+
+
+def changes(recipe: Any, config: Any) -> dict[str, Any]:
+    """The settings of `config`, by dotted name, that are not the recipe's own, but for those of `ASIDE`."""
+    own = {name: value for name, value, _ in entries(recipe)}
+    return {name: _plain(value) for name, value, _ in entries(config) if name not in ASIDE and value != own[name]}
+
+
 def to_yaml(config: Any) -> str:
     """All settings but the run folder, as `--config` reads them."""
     tree: dict[str, Any] = {}

@@ -7,7 +7,7 @@
     python -m fastafd.train --resume runs/NAME                   # go on, step-exactly, after any kind of stop
 
 A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, natural.safetensors (the teacher),
-model.safetensors (merged) and result.json.
+model.safetensors (merged), samples.npz (for reports) and result.json.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from fastafd.optim import make_sgd
 from fastafd.pretrain import about, fresh_model, loader_of, natural_model, pretrain
 from fastafd.recipes import find_recipe, matched
 from fastafd.rift import attacked_images, choose_mixture, criticality, hold_out
+from fastafd.samples import save_samples
 from fastafd.settings import UsageError
 from fastafd.step import TrainStep
 
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
     config, folder = configure(argv)
     task, method = config.task, config.method
     check_model(task.arch, task.normalize)
+    recipe = find_recipe(config.recipe)
     device = resolve_device(task.device)
     task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))  # a resumed run keeps it
     config = dataclasses.replace(config, task=task)
@@ -83,11 +85,11 @@ def main(argv: list[str]) -> None:
 
     # Training: what comes out is a plain classifier, and of a disentangled one also what reads its confused features.
     more: dict[str, Any] = {}
-    confused = None
     if held is not None:
-        trained, seconds, more["rift"] = rift_by(config, start, held, loader, dataset, folder, console)
+        tuned, seconds, more["rift"] = rift_by(config, start, held, loader, dataset, folder, console)
     else:
-        trained, confused, seconds = train_by(config, start, loader, dataset, folder, console)
+        tuned, seconds = train_by(config, start, loader, dataset, folder, console)
+    trained = tuned.merge()
     save_model(folder / "model.safetensors", trained, about(task, dataset))
 
     # All models on the same test images.
@@ -99,8 +101,8 @@ def main(argv: list[str]) -> None:
     if method.begins != "scratch":
         evaluated[method.begins] = start, attacks
     evaluated[method.label] = trained, attacks
-    if confused is not None:
-        evaluated[f"{method.label}, f2"] = confused, ATTACKS[:1]
+    if isinstance(tuned, Disentangled):
+        evaluated[f"{method.label}, f2"] = tuned.merge_confused(), ATTACKS[:1]
     results = {
         name: evaluate(
             net,
@@ -114,6 +116,7 @@ def main(argv: list[str]) -> None:
         )
         for name, (net, under) in evaluated.items()
     }
+    save_samples(folder / "samples.npz", tuned, dataset.test, config.eval_n, task.seed)
     summary: dict[str, Any] = {
         "models": results,
         "seconds": {
@@ -123,12 +126,25 @@ def main(argv: list[str]) -> None:
             "evaluation": time.monotonic() - evaluated_from,
         },
         **more,
+        "label": method.label,
+        "dataset": {
+            "name": dataset.name,
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+            "classes": dataset.classes,
+        },
+        "parameters": {"model": count_parameters(trained), "training": count_parameters(tuned)},
+        "changed": cli.changes(matched(recipe) if config.matched else recipe, config),
         "config": dataclasses.asdict(config),
         **environment,
     }
     save_text(folder / "result.json", as_json(summary))
     show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
+
+
+def count_parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def start_of(
@@ -156,8 +172,8 @@ def start_of(
 
 def train_by(
     config: TrainConfig, start: nn.Module, loader: Loader, dataset: Dataset, folder: Path, console: Console
-) -> tuple[nn.Module, nn.Module | None, dict[str, float]]:
-    """Train `start` by the config's method: the classifier, that of its f2 if there is one, seconds by phase."""
+) -> tuple[SplitNet, dict[str, float]]:
+    """Train `start` by the config's method: the average that is evaluated, seconds by phase."""
     task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
     torch.manual_seed(task.seed)  # for networks that draw in their forward; all else has generators of its own
     model = disentangle(start) if method.disentangled else split(start)
@@ -196,7 +212,7 @@ def train_by(
     )
     tuned = step.averaged()
     assert isinstance(tuned, SplitNet)
-    return tuned.merge(), tuned.merge_confused() if isinstance(tuned, Disentangled) else None, seconds
+    return tuned, seconds
 
 
 def rift_by(
@@ -207,8 +223,8 @@ def rift_by(
     dataset: Dataset,
     folder: Path,
     console: Console,
-) -> tuple[nn.Module, dict[str, float], dict[str, Any]]:
-    """RiFT from `robust`: the classifier, seconds by phase, what was chosen on the held-out images and why."""
+) -> tuple[SplitNet, dict[str, float], dict[str, Any]]:
+    """RiFT from `robust`: the mixture, seconds by phase, what was chosen on the held-out images and why."""
     task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
     assert isinstance(method, RiFT) and isinstance(attack, PGD)
     began = time.monotonic()
@@ -255,7 +271,7 @@ def rift_by(
     console.line(f"RiFT: {share:.1f} of the fine-tuned weights, {1 - share:.1f} of the robust ones")
     seconds |= {"criticality": choosing, "mixing": time.monotonic() - began}
     seconds["wall"] += seconds["criticality"] + seconds["mixing"]
-    return mixed, seconds, {"module": module, "share": share, "mixtures": rows, "criticality": of_each}
+    return split(mixed), seconds, {"module": module, "share": share, "mixtures": rows, "criticality": of_each}
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:

@@ -19,11 +19,11 @@ LAYERS = [
     ["config", "engine"],
     ["recipes"],
     ["step"],
-    ["afd_step"],
+    ["afd_step", "fast_at"],
     ["loop"],
     ["cli"],
     ["evaluate"],
-    ["pretrain"],
+    ["pretrain", "rift", "samples"],
     ["train", "verify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -78,7 +78,7 @@ def test_run_folder(whole_run):
     names = {path.name for path in whole_run.iterdir()} - {"tensorboard"}
     assert names == {
         *("config.yaml", "env.json", "metrics.jsonl", "last.pt"),
-        *("natural.safetensors", "model.safetensors", "result.json"),
+        *("natural.safetensors", "model.safetensors", "result.json", "samples.npz"),
     }
     result = json.loads((whole_run / "result.json").read_text())
     assert set(result["models"]) == {"natural", "AFD", "AFD, f2"}
