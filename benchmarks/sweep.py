@@ -107,13 +107,7 @@ def runs_of(what: str, scale: Scale, seeds: int, out: Path) -> dict[str, list[st
                     own += ["--classifier-alpha", 2 * value]
                 elif what == "beta":
                     own = [2 * value]
-                words = [
-                    "--recipe",
-                    "released",
-                    *flags_of("released", scale),
-                    f"--{what}",
-                    *map(str, own.get(what, [value])),
-                ]
+                words = ["--recipe", "released", *flags_of("released", scale), f"--{what}", *map(str, own)]
                 found[f"{what}-{value:g}-seed{seed}"] = [*words, "--seed", str(seed)]
             continue
         for recipe, matched in [*((recipe, False) for recipe in METHODS), *((recipe, True) for recipe in MATCHED)]:

@@ -1,0 +1,101 @@
+"""Run folders as a report reads them: JSON and arrays alone, neither torch nor the code that trained them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastafd.settings import UsageError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: `result` is its result.json."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.result["config"]
+
+    @property
+    def label(self) -> str:
+        """What tables call the model: the method's name, of another recipe of AFD with it, of matched runs with that."""
+        recipe, label = self.config["recipe"], self.result["label"]
+        named = {"vaft_d": "vAFT+D", "vaft_a": "vAFT+A", "paper": "AFD (paper)"}.get(recipe, label)
+        return named + (" (matched)" if self.config["matched"] else "")
+
+    @property
+    def arch(self) -> str:
+        return self.config["task"]["arch"]
+
+    @property
+    def dataset(self) -> str:
+        return self.result["dataset"]["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["task"]["seed"]
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not the recipe's own, by dotted name."""
+        return self.result["changed"]
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The figures of the model that the run trained: {"clean": {"accuracy": …, "interval": …, "n": …}, …}."""
+        return self.result["models"][self.result["label"]]
+
+    @property
+    def confused(self) -> dict[str, Any] | None:
+        """The figures of its f2, where it is disentangled."""
+        return self.result["models"].get(f"{self.result['label']}, f2")
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The figures of the model that it began with."""
+        return self.result["models"].get("natural") or self.result["models"].get("robust")
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def by_epoch(self, name: str) -> dict[int, float]:
+        """The mean of a logged figure in every epoch (from 1) that has it."""
+        found: dict[int, list[float]] = {}
+        for line in self.log:
+            if name in line:
+                found.setdefault(line["epoch"], []).append(line[name])
+        return {epoch: sum(values) / len(values) for epoch, values in found.items()}
+
+    @cached_property
+    def samples(self) -> dict[str, np.ndarray] | None:
+        """The arrays of samples.npz (`fastafd.samples`), or None where an older run has none."""
+        file = self.folder / "samples.npz"
+        if not file.exists():
+            return None
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The finished runs in these folders, each a run folder or one that holds such. UsageError where there is none."""
+    found = []
+    for path in paths:
+        folders = [path] if (path / "result.json").exists() else sorted(f.parent for f in path.glob("*/result.json"))
+        if not folders:
+            raise UsageError(f"runs: got {path}, takes a run folder with a result.json, or a folder of such")
+        for folder in folders:
+            result = json.loads((folder / "result.json").read_text())
+            if "label" in result:  # else it is of a fastafd before reports
+                found.append(Run(folder, result))
+    return found
