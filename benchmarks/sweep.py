@@ -4,8 +4,8 @@
     python -m benchmarks.sweep methods --scale cifar10 --seeds 3 --out runs/cifar10  # the published settings: a GPU
     python -m benchmarks.sweep gamma --scale digits --out runs/digits -- --epochs 3  # flags of fastafd.train at the end
 
-A folder that has its result is left alone, one that was cut short goes on. `python -m fastafd.report` makes tables and
-figures of them.
+A folder that has its result is left alone, one that was cut short goes on; when all are trained they are attacked by
+AutoAttack. `python -m fastafd.report` makes tables and figures of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastafd.recipes import find_recipe
 
@@ -47,6 +48,7 @@ class Scale:
     """What makes the runs smaller: flags of all, of those with PGD, of those from given weights and from scratch."""
 
     about: str
+    autoattack: int  # test images, of the trained models, when all are trained
     all: str = ""
     pgd: str = ""
     tuned: str = ""
@@ -55,10 +57,11 @@ class Scale:
 
 
 SCALES = {
-    "cifar10": Scale("ResNet-18, CIFAR-10, published settings"),
+    "cifar10": Scale("ResNet-18, CIFAR-10, published settings", 1000),
     "digits": Scale(
         "ResNet-8 of half width, digits, PGD of 7 steps in training, 7 epochs from given weights, 15 from scratch",
-        all="--dataset digits --arch resnet8_half --batch-size 64 --log-every 11 --autoattack-n 20",
+        20,
+        all="--dataset digits --arch resnet8_half --batch-size 64 --log-every 11",
         pgd="--attack.steps 7 --attack.step-size 2/255",
         tuned="--epochs 7 --pretrain.epochs 8 --pretrain.batch-size 64",
         scratch="--epochs 15",
@@ -71,8 +74,8 @@ SCALES = {
     ),
     "small": Scale(
         "ResNet-8, 10,000 CIFAR-10 images, PGD of 5 steps in training, 2 epochs from given weights, 4 from scratch",
-        all="--dataset cifar10 --arch resnet8 --batch-size 64 --log-every 39 --save-every 78 --eval-n 1000"
-        " --autoattack-n 50",
+        50,
+        all="--dataset cifar10 --arch resnet8 --batch-size 64 --log-every 39 --save-every 78 --eval-n 1000",
         pgd="--attack.steps 5 --attack.step-size 2/255",
         tuned="--epochs 2 --pretrain.epochs 15 --pretrain.batch-size 64",
         scratch="--epochs 4",
@@ -90,7 +93,7 @@ SCALES = {
 def flags_of(recipe: str, scale: Scale) -> list[str]:
     """What makes the recipe's run one of this scale."""
     config = find_recipe(recipe)
-    words = [scale.all, scale.scratch if config.method.begins == "scratch" else scale.tuned]
+    words = [scale.all, "--autoattack-n 0", scale.scratch if config.method.begins == "scratch" else scale.tuned]
     if hasattr(config.attack, "steps"):
         words.append(scale.pgd)
     return [*" ".join([*words, scale.of.get(recipe, "")]).split()]
@@ -130,21 +133,31 @@ def main(argv: list[str]) -> int:
     else:
         more = []
     given = parser.parse_args(argv)
-    out, code = given.out.expanduser().resolve(), 0
-    for name, flags in runs_of(given.what, SCALES[given.scale], given.seeds, out).items():
+    out, scale = given.out.expanduser().resolve(), SCALES[given.scale]
+    chosen = runs_of(given.what, scale, given.seeds, out)
+    chosen = {name: flags for name, flags in chosen.items() if not given.only or name in given.only}
+    codes = []
+    for name, flags in chosen.items():
         folder = out / name
-        if (folder / "result.json").exists() or (given.only and name not in given.only):
-            continue
-        begun = (
-            ["--resume", str(folder)] if (folder / "config.yaml").exists() else [*flags, *more, "--out", str(folder)]
-        )
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "fastafd.train", *begun], stdout=subprocess.DEVNULL)
-        print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
-        code = code or done.returncode
-        if done.returncode in (75, 130):  # stopped by a signal
-            break
-    return code
+        if not (folder / "result.json").exists():
+            begun = ["--resume", folder] if (folder / "config.yaml").exists() else [*flags, *more, "--out", folder]
+            codes.append(run("fastafd.train", begun, name))
+    for name in chosen:
+        folder = out / name
+        if (folder / "result.json").exists() and not (folder / "evaluation-autoattack.json").exists():
+            attack = [folder, "--attack", "autoattack", "--n", scale.autoattack]
+            codes.append(run("fastafd.evaluate", attack, f"{name}, AutoAttack"))
+    return max(codes, default=0)
+
+
+def run(module: str, arguments: list[Any], name: str) -> int:
+    """Run a verb, say how it ended, return its exit code; one that a signal stopped ends this process too."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    if done.returncode in (75, 130):
+        sys.exit(done.returncode)
+    return done.returncode
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ VERBS = {
     "pretrain": "train a natural model",
     "verify": "hold the fast step to plain PyTorch in float64, on this machine",
     "evaluate": "clean, PGD-20 and AutoAttack accuracy of a run or of any weights",
+    "report": "the paper's tables and figures, and an HTML page, from run folders",
 }
 
 

@@ -27,7 +27,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What tables call the model: the method's name, of another recipe of AFD with it, of matched runs with that."""
+        """What tables call the model: the method, and which recipe of it where there are several."""
         recipe, label = self.config["recipe"], self.result["label"]
         named = {"vaft_d": "vAFT+D", "vaft_a": "vAFT+A", "paper": "AFD (paper)"}.get(recipe, label)
         return named + (" (matched)" if self.config["matched"] else "")
@@ -49,10 +49,14 @@ class Run:
         """Settings that are not the recipe's own, by dotted name."""
         return self.result["changed"]
 
-    @property
+    @cached_property
     def trained(self) -> dict[str, Any]:
         """The figures of the model that the run trained: {"clean": {"accuracy": …, "interval": …, "n": …}, …}."""
-        return self.result["models"][self.result["label"]]
+        found = self.result["models"][self.result["label"]]
+        attacked = self.folder / "evaluation-autoattack.json"  # by fastafd.evaluate, later
+        if "autoattack" not in found and attacked.exists():
+            return found | {"autoattack": json.loads(attacked.read_text())["autoattack"]}
+        return found
 
     @property
     def confused(self) -> dict[str, Any] | None:

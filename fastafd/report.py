@@ -1,0 +1,287 @@
+"""python -m fastafd.report: the paper's tables and figures, and an HTML page, from run folders.
+
+    python -m fastafd.report results runs/*                 # every run, whatever its scale
+    python -m fastafd.report table1 runs                    # ResNet-18 beside the paper; table2 is WRN-34-10
+    python -m fastafd.report table3 runs                    # ablation; table4: f1 and f2; table6: pre-trained models
+    python -m fastafd.report parameters runs
+    python -m fastafd.report figure1a runs --out figures    # feature gap; figure3, figure5: t-SNE; figure4: sweeps
+    python -m fastafd.report page runs/NAME                 # runs/NAME/report.html; of several: OUT/report.html
+
+Tables are Markdown. Tables 1 to 6 take runs of the published settings on whole data sets, and say which they left out
+and why; what was not run is shown as not run. Of several seeds they show mean and standard deviation, of one the Wilson
+95 % interval. Table 5, training times, is `python -m benchmarks.epoch_time --methods`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastafd import cli, figures
+from fastafd.page import write_page
+from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED
+from fastafd.runs import Run, read_runs
+from fastafd.settings import UsageError, check, path, setting, unknown
+
+ATTACKS = ("clean", "pgd20", "autoattack")
+WHOLE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
+HEAD = ("clean", "PGD-20", "AutoAttack", "average")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `python -m fastafd.report` takes behind its words."""
+
+    out: Path = setting(Path("report"), "folder for figures, and for the page of several runs", path)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(argv: list[str]) -> None:
+    words = []
+    while argv and not argv[0].startswith("-"):
+        words.append(argv[0])
+        argv = argv[1:]
+    config: ReportConfig = cli.parse(ReportConfig(), argv, prog="fastafd.report", about=__doc__)
+    known = [*TABLES, *FIGURES, "page"]
+    if not words:
+        raise UsageError(f"report: got nothing to report, takes one of {', '.join(known)}, then run folders")
+    what, runs = words[0], read_runs([Path(word).expanduser() for word in words[1:] or ["runs"]])
+    if what in TABLES:
+        print(TABLES[what](runs))
+    elif what in FIGURES:
+        print(FIGURES[what](runs, made(config.out)))
+    elif what == "page":
+        single = len(runs) == 1 and not any(word.startswith("--out") for word in argv)
+        print(page(runs, runs[0].folder if single else made(config.out)))
+    else:
+        raise unknown("report", what, known)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def page(runs: Sequence[Run], folder: Path) -> Path:
+    """`report.html` in the folder: every table and figure that the runs have something for."""
+    tables = [("Results", results(runs)), ("Parameters", parameters(runs))]
+    tables += [(title, TABLES[what](runs)) for what, title in OF_PAPER.items() if any(fits(run) for run in runs)]
+    drawn = []
+    for draw in FIGURES.values():
+        try:
+            drawn.append(draw(runs, made(folder / "figures")))
+        except UsageError:  # nothing of that kind was run
+            continue
+    write_page(runs, tables, drawn, folder / "report.html")
+    return folder / "report.html"
+
+
+# -- cells --------------------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def per_cent(found: Sequence[dict[str, Any]], of_paper: float | None = None) -> str:
+    """One figure of each run (seeds of one setting), and how far the paper's is from their mean."""
+    if not found:
+        return "not run" if of_paper is None else f"not run; paper {of_paper:.2f}"
+    values = [100 * figure["accuracy"] for figure in found]
+    mean = statistics.fmean(values)
+    if len(values) > 1:
+        said = f"{mean:.2f} ± {statistics.stdev(values):.2f} of {len(values)} seeds, n={found[0]['n']}"
+    else:
+        low, high = (100 * bound for bound in found[0]["interval"])
+        said = f"{mean:.2f} [{low:.1f}, {high:.1f}] n={found[0]['n']}"
+    return said if of_paper is None else f"{said}; paper {of_paper:.2f}, {mean - of_paper:+.2f}"
+
+
+def average(runs: Sequence[Run], of_paper: Sequence[float] | None = None) -> str:
+    """The mean of the three accuracies, where all were measured."""
+    whole = [run for run in runs if all(attack in run.trained for attack in ATTACKS)]
+    means = [100 * statistics.fmean(run.trained[attack]["accuracy"] for attack in ATTACKS) for run in whole]
+    said = "not run" if not means else f"{statistics.fmean(means):.2f}"
+    if len(means) > 1:
+        said += f" ± {statistics.stdev(means):.2f}"
+    if of_paper is None:
+        return said
+    theirs = statistics.fmean(of_paper)
+    return f"{said}; paper {theirs:.2f}" + (f", {statistics.fmean(means) - theirs:+.2f}" if means else "")
+
+
+def cells(runs: Sequence[Run], of_paper: Sequence[float] | None = None) -> list[str]:
+    """Clean, PGD-20, AutoAttack and their average."""
+    theirs: Sequence[float | None] = of_paper or (None, None, None)
+    measured = [
+        per_cent([run.trained[attack] for run in runs if attack in run.trained], figure)
+        for attack, figure in zip(ATTACKS, theirs, strict=True)
+    ]
+    return [*measured, average(runs, of_paper)]
+
+
+# -- which runs ---------------------------------------------------------------------------------------------------
+
+
+def fits(run: Run) -> bool:
+    """Whether the run is one of the published settings on a whole data set."""
+    return not why_not(run)
+
+
+def why_not(run: Run) -> str:
+    """What of a run is not as published, or nothing."""
+    said = [f"{name} {value}" for name, value in run.changed.items() if name not in ("eval_n", "autoattack_n")]
+    train, test = WHOLE.get(run.dataset, (0, 0))
+    held_out = run.config["method"].get("held_out", 0)
+    if (run.result["dataset"]["train"] + held_out, run.result["dataset"]["test"]) != (train, test):
+        said.append(f"{run.result['dataset']['train']} images of {run.dataset}")
+    return ", ".join(said)
+
+
+def left_out(runs: Sequence[Run]) -> str:
+    lines = [f"- {run.folder}: {why_not(run)}" for run in runs if not fits(run)]
+    return "\n\nLeft out, since they are not of the published settings:\n\n" + "\n".join(lines) if lines else ""
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.label, []).append(run)
+    return found
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def results(runs: Sequence[Run]) -> str:
+    """Every run; those that differ in their seed alone in one row."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        changed = ", ".join(f"{name} {value}" for name, value in run.changed.items())
+        groups.setdefault(f"{run.dataset}|{run.arch}|{run.label}|{changed}", []).append(run)
+    rows = []
+    for key, same in groups.items():
+        dataset, arch, label, changed = key.split("|")
+        seconds = statistics.fmean(run.result["seconds"]["finetuning"]["wall"] for run in same)
+        images = f"{dataset}, {same[0].result['dataset']['train']} images"
+        rows.append([label, arch, images, *cells(same), f"{seconds:.0f}", changed])
+    return markdown(["method", "network", "data", *HEAD, "s of training", "not as in its recipe"], rows)
+
+
+def accuracy_table(arch: str, runs: Sequence[Run]) -> str:
+    """Table 1 or 2: a table for each data set."""
+    ours = [run for run in runs if run.arch == arch]
+    parts = []
+    for dataset, of_paper in ACCURACY[arch].items():
+        found = by_label([run for run in ours if run.dataset == dataset and fits(run)])
+        rows = []
+        for label, figures_of in of_paper.items():
+            for name in (label, f"{label} (matched)"):
+                if name in found or name == label:
+                    rows.append([name, *cells(found.get(name, []), figures_of)])
+        parts.append(f"{arch}, {dataset}\n\n" + markdown(["method", *HEAD], rows))
+    return "\n\n".join(parts) + left_out(ours)
+
+
+def table1(runs: Sequence[Run]) -> str:
+    return accuracy_table("resnet18", runs)
+
+
+def table2(runs: Sequence[Run]) -> str:
+    return accuracy_table("wrn34_10", runs)
+
+
+def table3(runs: Sequence[Run]) -> str:
+    """The ablation. D1 stays in +D and +A, so that only the losses differ."""
+    ours = [run for run in runs if (run.arch, run.dataset) == ("resnet18", "cifar10")]
+    found = by_label([run for run in ours if fits(run)])
+    rows = [[label, *cells(found.get(label, []), theirs)] for label, theirs in ABLATION.items()]
+    if "vAFT (matched)" in found:
+        rows.insert(1, ["vAFT (matched)", *cells(found["vAFT (matched)"], ABLATION["vAFT"])])
+    return markdown(["method", *HEAD], rows) + left_out(ours)
+
+
+def table4(runs: Sequence[Run]) -> str:
+    """Clean accuracy of f1 and of f2, of AFD."""
+    ours = [run for run in runs if run.label == "AFD" and run.confused is not None]
+    rows = []
+    for (arch, dataset), (of_f1, of_f2) in FEATURES.items():
+        found = [run for run in ours if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
+        f1 = [run.trained["clean"] for run in found]
+        f2 = [run.confused["clean"] for run in found if run.confused is not None]
+        gaps = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(f1, f2, strict=True)]
+        gap = f"{statistics.fmean(gaps):.2f}" if gaps else "not run"
+        rows.append([arch, dataset, per_cent(f1, of_f1), per_cent(f2, of_f2), f"{gap}; paper {of_f1 - of_f2:.2f}"])
+    return markdown(["network", "data", "f1", "f2", "f1 - f2"], rows) + left_out(ours)
+
+
+def table6(runs: Sequence[Run]) -> str:
+    """Clean accuracy of the natural models that the runs began with."""
+    rows = []
+    for (arch, dataset), theirs in PRETRAINED.items():
+        found: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            natural = run.result["models"].get("natural")
+            whole = run.result["dataset"]["test"] == WHOLE.get(run.dataset, (0, 0))[1]
+            if (run.arch, run.dataset) == (arch, dataset) and natural is not None and whole:
+                given = run.config["pretrained"]
+                found[Path(given).name if given else f"own, seed {run.seed}"] = natural["clean"]
+        for origin, figure in found.items() or [("", None)]:
+            rows.append([arch, dataset, origin, per_cent([figure] if figure else [], theirs)])
+    return markdown(["network", "data", "weights", "clean"], rows)
+
+
+def parameters(runs: Sequence[Run]) -> str:
+    """Of the networks, and what a method adds in training."""
+    rows = {}
+    for run in runs:
+        model, training = (run.result["parameters"][name] for name in ("model", "training"))
+        more = training - model
+        theirs = PARAMETERS.get(run.arch) if more else None
+        of_paper = "" if theirs is None else f"{theirs[0]} M + {theirs[1]} M, {100 * theirs[1] / theirs[0]:.2f} %"
+        rows[run.arch, more] = [run.arch, f"{model:,}", f"{more:,}", f"{100 * more / model:.2f} %", of_paper]
+    note = (
+        "\n\nD1 and D2 add 2 D² weights for D features, in training alone. A WRN-34-10 has 640 features: 0.8 M, where"
+        " the paper, for 1024, has 2 M (4.33 %)."
+    )
+    head = ["network", "parameters", "more in training", "share", "paper"]
+    return markdown(head, [rows[key] for key in sorted(rows)]) + note
+
+
+TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
+    "results": results,
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "table6": table6,
+    "parameters": parameters,
+}
+OF_PAPER = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table4": "Table 4", "table6": "Table 6"}
+
+
+def figure3(runs: Sequence[Run], out: Path) -> Path:
+    """t-SNE of the first AFD run."""
+    of_afd = [run for run in runs if run.confused is not None]
+    if not of_afd:
+        raise UsageError("runs: none of them is disentangled, figure3 takes one of AFD")
+    return figures.tsne(of_afd[:1], out)
+
+
+FIGURES: dict[str, Callable[[Sequence[Run], Path], Path]] = {
+    "figure1a": figures.feature_gap,
+    "figure3": figure3,
+    "figure4": figures.sweep,
+    "figure5": figures.tsne_methods,
+}
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])
