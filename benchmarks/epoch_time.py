@@ -3,6 +3,7 @@
     python -m benchmarks.epoch_time --data-dir CIFAR10_TREE         # on a GPU: samples of steps, then whole epochs
     python -m benchmarks.epoch_time --quick                         # samples alone, of random pixels: a few minutes
     python -m benchmarks.epoch_time --device cpu --arch resnet18 --tasks afd --batch 32 --steps 1 --quick
+    python -m benchmarks.epoch_time --quick --arch resnet18 --tasks --methods       # the paper's Table 5 alone
 
 One process, all forms alive at once and timed in turn, round after round; the median of the rounds and their extremes.
 "x paper-style" is the median of the rounds' own ratios.
@@ -16,6 +17,9 @@ One process, all forms alive at once and timed in turn, round after round; the m
 
 An epoch is 390 batches of 128 of CIFAR-10's 50,000 images, the last short one dropped. A sample's epoch is its median
 step times 390; "whole epoch" rows run all of it, loader included. FLOPs are counted (FlopCounterMode), not assumed.
+
+`--methods` measures every method of the paper's Table 5 in the same way, each on the engine that a run on a GPU takes;
+seconds in all are epochs of the recipe times seconds of one, and those of the model that the method begins with.
 """
 
 from __future__ import annotations
@@ -39,20 +43,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import limits, median_seconds, seconds_of, wait
-from benchmarks.forms import INSTEAD, Step, counted_flops, forms, our_step
+from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, forms, method_step, our_step
 from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
-from fastafd.methods import Batch
+from fastafd.methods import Batch, FreeAT
 from fastafd.models import build_model
+from fastafd.paper import TABLE5
 from fastafd.recipes import AFD_ATTACK
 from fastafd.settings import cache_dir
 from fastafd.step import TrainStep
 
 HERE = Path(__file__).parent
 IMAGES = 50_000
-PAPER = {"afd": 46.0, "natural": 6.0}  # s an epoch, ResNet-18 on CIFAR-10, one RTX 4090: Table 5 of the AFD paper
+PAPER = {"afd": TABLE5["AFD"][1], "natural": TABLE5["Standard"][1]}  # s an epoch
 # s an epoch of the kernels of a layer-by-layer implementation, by a roofline of the device: a model, not a measurement
 LIMIT = {("H100", "resnet18"): 2.2, ("H100", "wrn34_10"): 21.9, ("H200", "resnet18"): 2.0, ("H200", "wrn34_10"): 21.5}
 
@@ -143,6 +148,28 @@ def rows_of(arch: str, task: str, found: dict[str, dict[str, Any]], batch: int, 
     return rows
 
 
+def method_rows(
+    arch: str, found: dict[str, dict[str, Any]], engines: dict[str, str], batch: int
+) -> list[dict[str, Any]]:
+    """A row of each method, "Standard" first; a pass of Free-AT is a step, its epoch `replays` of them a batch."""
+    before = {"scratch": 0.0}  # seconds until there is the model that a method begins with
+    rows = []
+    for label, measured in found.items():
+        config, steps = METHODS[label], IMAGES // batch
+        if isinstance(config.method, FreeAT):
+            steps *= config.method.replays
+        epoch, fastest, slowest = (steps * of(measured["step_s"]) for of in (statistics.median, min, max))
+        total = config.sgd.epochs * epoch + before[config.method.begins]
+        if label == "Standard":
+            before["natural"] = total
+        if label == "PGD-AT":
+            before["robust"] = total
+        row: dict[str, Any] = {"arch": arch, "method": label, "recipe": config.recipe, "engine": engines[label]}
+        row |= {"epochs": config.sgd.epochs, "epoch_s": epoch, "fastest_s": fastest, "slowest_s": slowest}
+        rows.append(row | {"total_s": total, "step_s": measured["step_s"]})
+    return rows
+
+
 def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs: int) -> list[dict[str, Any]]:
     """Seconds of whole epochs, data included, and of the loader alone."""
     found = []
@@ -198,15 +225,17 @@ def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
     result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": AFD_ATTACK.steps}
-    result |= {"rows": [], "phases": [], "whole": [], "compile": []}
+    result |= {"rows": [], "phases": [], "whole": [], "compile": []} | ({"methods": []} if given.methods else {})
     for arch in given.arch:
         for task in given.tasks:
             print(f"-- {arch}, {task}", file=sys.stderr, flush=True)
             measure_task(given, arch, task, device, out, result)
-            torch._dynamo.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            forget(device)
+        if given.methods:
+            print(f"-- {arch}, methods", file=sys.stderr, flush=True)
+            measure_methods(given, arch, device, result)
+            save(result, out)
+            forget(device)
         if not given.quick:
             result["compile"].append({"arch": arch} | compile_seconds(arch, device, given.batch))
             save(result, out)
@@ -237,6 +266,32 @@ def measure_task(
     for engine, step in (("reference", reference), ("fast", fast)):
         result["phases"].append(about | {"engine": engine, "seconds": phases(step, batches[0], device)})
         save(result, out)
+
+
+def measure_methods(given: argparse.Namespace, arch: str, device: torch.device, result: dict[str, Any]) -> None:
+    """The rows of one network and all methods, added to `result`."""
+    torch.manual_seed(0)
+    net, amp = build_model(arch, 10).to(device), result["amp"]
+    # ATAS keeps a perturbation of every image, 1 GB in all: on a CPU of those of the sample alone
+    n = IMAGES if device.type == "cuda" else given.steps * given.batch
+    loader = Loader(n, given.batch, seed=0, drop_last=True, device=device)
+    builders: dict[str, Callable[[], Step]] = {
+        label: lambda config=config: method_step(net, config, loader, amp)  # type: ignore[misc]
+        for label, config in METHODS.items()
+    }
+    steps, found = sampled(builders, random_batches(given.batch, given.steps, device), given.rounds, device)
+    engines = {
+        label: "fast" if isinstance(step, TrainStep) and step.fast else "reference" for label, step in steps.items()
+    }
+    result["methods"] += method_rows(arch, found, engines, given.batch)
+
+
+def forget(device: torch.device) -> None:
+    """Free what the steps before have compiled and kept."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def save(result: dict[str, Any], out: Path) -> None:
@@ -272,6 +327,20 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def methods_table(found: dict[str, Any]) -> str:
+    """Markdown: every method's seconds of an epoch and in all, those of the paper beside a ResNet-18's."""
+    head = ["network", "method", "engine", "epochs", "s/epoch", "fastest to slowest", "s in all"]
+    head += ["the paper's s/epoch", "the paper's s in all"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in found["methods"]:
+        _, epoch, total = TABLE5[row["method"]]
+        paper = [f"{epoch:.0f}", f"{total:.0f}"] if row["arch"] == "resnet18" else ["", ""]
+        cells = [row["arch"], row["method"], row["engine"], str(row["epochs"]), f"{row['epoch_s']:.2f}"]
+        cells += [f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['total_s']:.0f}", *paper]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def about(found: dict[str, Any]) -> str:
     """What was measured on what, when and how."""
     said = f"{found['device']}, {found['amp']}, batch {found['batch']}, PGD-{found['pgd_steps']}, "
@@ -293,6 +362,17 @@ def about(found: dict[str, Any]) -> str:
     for row in found["compile"]:
         said += f"\n\nUntil the first AFD step of {row['arch']} is done, compiler caches empty: {row['cold']:.0f} s; "
         said += f"full: {row['warm']:.0f} s."
+    if "methods" in found:
+        said += (
+            "\n\nMethods: an epoch of Free-AT is 8 passes. Seconds in all count epochs alone, without a loader: the "
+        )
+        said += (
+            "recipe's; before vAFT, AFKD, ARREST and AFD those of Standard; before RiFT those of PGD-AT, but not the "
+        )
+        said += (
+            "choice of a module and of a mixture. The paper: Table 5, ResNet-18 on an RTX 4090; it excerpts Free-AT, "
+        )
+        said += "FGSM-GA and ATAS from Huang et al. (2023)."
     return said
 
 
@@ -300,7 +380,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.epoch_time", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--arch", nargs="+", default=["resnet18", "wrn34_10"], help="networks")
-    parser.add_argument("--tasks", nargs="+", default=["afd", "natural"], choices=["afd", "natural"])
+    parser.add_argument(
+        "--tasks", nargs="*", default=["afd", "natural"], choices=["afd", "natural"], help="both, one or none"
+    )
+    parser.add_argument("--methods", action="store_true", help="after the tasks every method of the paper's Table 5")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--steps", type=int, default=10, help="steps a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -327,7 +410,8 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
     out = given.out or HERE / "results" / f"epoch-time-{name}.json"
     result = measure(given, device, out)
-    print(f"{table(result)}\n\n{about(result)}\n\nall of it in {out}")
+    tables = [table(result)] + ([methods_table(result)] if given.methods else [])
+    print("\n\n".join([*tables, about(result), f"all of it in {out}"]))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""The forms of a step that benchmarks.epoch_time compares, and the FLOPs of one."""
+"""The forms of a step that benchmarks.epoch_time compares, the steps of other methods, and the FLOPs of one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,17 +18,23 @@ import fastafd.data.augment
 import fastafd.methods.afd
 from benchmarks import plain
 from fastafd.afd_step import AFDStep
-from fastafd.attacks import input_gradient
-from fastafd.data import Augment
+from fastafd.attacks import PGD, input_gradient
+from fastafd.config import TrainConfig
+from fastafd.data import Augment, Loader
+from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep
 from fastafd.kernels.afd_loss import AFDLoss
 from fastafd.kernels.attack_head import attack_head_reference
-from fastafd.methods import Natural
-from fastafd.models import build_model, disentangle
+from fastafd.methods import ATAS, FreeAT, GradAlign, Natural, RiFT
+from fastafd.models import build_model, disentangle, split
 from fastafd.optim import make_sgd
-from fastafd.recipes import AFD_ATTACK, released
+from fastafd.recipes import AFD_ATTACK, afkd, arrest, atas, fgsm_ga, free_at, pgd_at, released, rift, trades, vaft
 from fastafd.step import TrainStep
 
 Step = Callable[[Tensor, Tensor], Any]
+# The methods of the paper's Table 5, by its names and in its order
+STANDARD = replace(vaft(), recipe="natural", method=Natural(), sgd=vaft().pretrain)
+OTHERS = (pgd_at(), trades(), free_at(), fgsm_ga(), atas(), vaft(), rift(), afkd(), arrest(), released())
+METHODS = {"Standard": STANDARD} | {config.method.label: config for config in OTHERS}
 
 
 def our_step(net: nn.Module, task: str, amp: str, engine: str) -> TrainStep:
@@ -39,6 +46,37 @@ def our_step(net: nn.Module, task: str, amp: str, engine: str) -> TrainStep:
     model, recipe = disentangle(net), released()
     optimizer = make_sgd(model, 1e-3, 0.9, recipe.sgd.weight_decay, recipe.d2_weight_decay)
     return AFDStep(model, net, optimizer, recipe, amp=amp, engine=engine, augment=Augment(4, True, 0))
+
+
+def method_step(net: nn.Module, config: TrainConfig, loader: Loader, amp: str) -> TrainStep:
+    """The step of a recipe as fastafd.train builds it, on the fast engine if the method has it.
+
+    RiFT's fine-tunes the middle convolution. ATAS's begins in the first epoch of adaptive step sizes.
+    """
+    method, attack, decay = config.method, config.attack, config.sgd.weight_decay
+    around: dict[str, Any] = {"ema_decay": config.ema_decay, "amp": amp, "engine": "fast"}
+    around["augment"] = Augment(4, True, 0)
+    if isinstance(method, RiFT):
+        net = copy.deepcopy(net).requires_grad_(False)
+        convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+        convolutions[(len(convolutions) - 1) // 2].requires_grad_()  # of a ResNet-18 layer2.1.conv2
+        return TrainStep(net, make_sgd(net, 1e-3, 0.9, decay), method, **around)
+    if isinstance(method, Natural):
+        return our_step(net, "natural", amp, "fast")
+    model = disentangle(net) if method.disentangled else split(net)
+    optimizer = make_sgd(model, 1e-3, 0.9, decay, config.d2_weight_decay)
+    around["teacher"] = net if method.begins == "natural" else None
+    if isinstance(method, FreeAT):
+        return FreeStep(model, optimizer, method, ball=attack, **around)
+    if isinstance(method, GradAlign):
+        return GradAlignStep(model, optimizer, method, ball=attack, **around)
+    if isinstance(method, ATAS):
+        step = ATASStep(model, optimizer, method, ball=attack, loader=loader, epochs=config.sgd.epochs, **around)
+        step.steps = method.warm_up * len(loader)
+        return step
+    assert isinstance(attack, PGD)
+    around |= {"attack": attack, "attack_bn": config.attack_bn, "per_epoch": len(loader)}
+    return TrainStep(model, optimizer, method, **around)
 
 
 def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:

@@ -25,8 +25,8 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
     fewer, rehearsal = (["--batch", "4", "--rounds", "2"], ["--tiny"]) if tiny else ([], [])
     few = ["--batch-size", "8"] if tiny else []
     slow = "takes minutes on a CPU" if tiny else ""
-    names = ("verify", "epoch-resnet18", "profile", "epoch", "kernels", "convolutions")
-    verify, first, profile, epoch, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
+    names = ("verify", "epoch-resnet18", "profile", "epoch", "methods", "kernels", "convolutions")
+    verify, first, profile, epoch, methods, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
     times = ["--quick", *where, *rehearsal, *([] if data_dir is None else ["--data-dir", data_dir])]
     return [
         Part("tests", python("pytest", *pytest, *tests), 120),
@@ -40,6 +40,12 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
         Part("profile", python("benchmarks.profile_step", *small, *profile), 60, slow),
         Part("kernels", python("benchmarks.kernels", *kernels), 60, slow),
         Part("epoch", python("benchmarks.epoch_time", *times, *epoch), 240, "the same as before" if tiny else ""),
+        Part(
+            "methods",
+            python("benchmarks.epoch_time", "--quick", *where, "--arch", "resnet18", "--tasks", "--methods", *methods),
+            240,
+            slow,
+        ),
         Part("convolutions", python("benchmarks.convolutions", *small, *fewer, *convolutions), 240),
     ]
 

@@ -10,7 +10,7 @@ What matters most comes first:
     runs          20 epochs from the ResNet-18 that pyautoattack ships: AFD by recipe `released` (its compiler caches
                   empty) and by `paper`, `vaft` matched; clean and PGD-20 on all test images, the feature gap by epoch
     autoattack    on 1,000 class-balanced test images: the AFD with the better PGD-20 accuracy, and vaft
-    gpu_suite     profile of a step, kernels, epoch times of all networks
+    gpu_suite     profile of a step, kernels, epoch times of all networks, and of all methods (Table 5)
     own           natural pre-training by the paper's appendix, and AFD from it
     tried         `released` with one thing another way, to find the cause of a miss; convolutions alone
 
@@ -90,7 +90,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
         *(trained(name, flags, 400) for name, flags in TRAINED.items()),
         attacked("autoattack-afd", AFD),
         attacked("autoattack-vaft", ("vaft-matched",)),
-        *(suite[name] for name in ("profile", "kernels", "epoch")),
+        *(suite[name] for name in ("profile", "kernels", "epoch", "methods")),
         Part("natural", python("fastafd.pretrain", *natural), 600, env=caches),
         Part("natural-pgd20", lambda: evaluation(own, [*data, *where, *n]), 60),
         trained("afd-own", afd, 400, own),

@@ -4,8 +4,8 @@
     python -m benchmarks.sweep methods --scale cifar10 --seeds 3 --out runs/cifar10  # the published settings: a GPU
     python -m benchmarks.sweep gamma --scale digits --out runs/digits -- --epochs 3  # flags of fastafd.train at the end
 
-A folder that has its result is left alone, one that was cut short goes on; when all are trained they are attacked by
-AutoAttack. `python -m fastafd.report` makes tables and figures of them.
+A folder that has its result is left alone, one that was cut short goes on; when all methods are trained, AutoAttack
+attacks them. `python -m fastafd.report` makes tables and figures of them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         if not (folder / "result.json").exists():
             begun = ["--resume", folder] if (folder / "config.yaml").exists() else [*flags, *more, "--out", folder]
             codes.append(run("fastafd.train", begun, name))
-    for name in chosen:
+    for name in chosen if given.what == "methods" else []:
         folder = out / name
         if (folder / "result.json").exists() and not (folder / "evaluation-autoattack.json").exists():
             attack = [folder, "--attack", "autoattack", "--n", scale.autoattack]

@@ -18,8 +18,8 @@ TABLE5: dict[str, tuple[int, float, float]] = {
     "AFD": (20, 46.0, 1510.0),
 }
 
-# Tables 1 and 2: per cent, clean, PGD-20 and AutoAttack, by architecture, data set and method. Those of Free-AT, FGSM-GA
-# and ATAS are from Huang et al. 2023, who attacked by PGD-10.
+# Tables 1 and 2: per cent, clean, PGD-20 and AutoAttack, by architecture, data set and method. Those of Free-AT,
+# FGSM-GA and ATAS are from Huang et al. 2023, who attacked by PGD-10.
 ACCURACY: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {
     "resnet18": {
         "cifar10": {

@@ -23,7 +23,7 @@ from typing import Any
 
 from fastafd import cli, figures
 from fastafd.page import write_page
-from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED
+from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED, TABLE5
 from fastafd.runs import Run, read_runs
 from fastafd.settings import UsageError, check, path, setting, unknown
 
@@ -135,9 +135,15 @@ def fits(run: Run) -> bool:
     return not why_not(run)
 
 
+def settings(run: Run) -> list[str]:
+    """What of a run's settings is not its recipe's; how many images it was evaluated on is said elsewhere."""
+    changed = {name: value for name, value in run.changed.items() if name not in ("eval_n", "autoattack_n")}
+    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in changed.items()]
+
+
 def why_not(run: Run) -> str:
     """What of a run is not as published, or nothing."""
-    said = [f"{name} {value}" for name, value in run.changed.items() if name not in ("eval_n", "autoattack_n")]
+    said = settings(run)
     train, test = WHOLE.get(run.dataset, (0, 0))
     held_out = run.config["method"].get("held_out", 0)
     if (run.result["dataset"]["train"] + held_out, run.result["dataset"]["test"]) != (train, test):
@@ -161,14 +167,16 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """Every run; those that differ in their seed alone in one row."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        changed = ", ".join(f"{name} {value}" for name, value in run.changed.items())
-        groups.setdefault(f"{run.dataset}|{run.arch}|{run.label}|{changed}", []).append(run)
+    """Every run, in the order of the paper's Table 5; those that differ in their seed alone in one row."""
+    order = [*TABLE5]
+    place = {
+        run.label: order.index(run.result["label"]) if run.result["label"] in order else len(order) for run in runs
+    }
+    groups: dict[tuple[str, str, str, str], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.dataset, run.arch, place[run.label], run.label, run.seed)):
+        groups.setdefault((run.dataset, run.arch, run.label, ", ".join(settings(run))), []).append(run)
     rows = []
-    for key, same in groups.items():
-        dataset, arch, label, changed = key.split("|")
+    for (dataset, arch, label, changed), same in groups.items():
         seconds = statistics.fmean(run.result["seconds"]["finetuning"]["wall"] for run in same)
         images = f"{dataset}, {same[0].result['dataset']['train']} images"
         rows.append([label, arch, images, *cells(same), f"{seconds:.0f}", changed])
@@ -267,17 +275,9 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
 OF_PAPER = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table4": "Table 4", "table6": "Table 6"}
 
 
-def figure3(runs: Sequence[Run], out: Path) -> Path:
-    """t-SNE of the first AFD run."""
-    of_afd = [run for run in runs if run.confused is not None]
-    if not of_afd:
-        raise UsageError("runs: none of them is disentangled, figure3 takes one of AFD")
-    return figures.tsne(of_afd[:1], out)
-
-
 FIGURES: dict[str, Callable[[Sequence[Run], Path], Path]] = {
     "figure1a": figures.feature_gap,
-    "figure3": figure3,
+    "figure3": figures.tsne,
     "figure4": figures.sweep,
     "figure5": figures.tsne_methods,
 }

@@ -1,4 +1,4 @@
-"""Run folders as a report reads them: JSON and arrays alone, neither torch nor the code that trained them."""
+"""Run folders as a report reads them: JSON and arrays, without loading a model."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
@@ -81,6 +85,79 @@ def test_rows_and_table():
     lines = epoch_time.table({"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}).splitlines()
     assert lines[0].count("|") == lines[3].count("|") and "| fast | 58.50 | 39.00 to 78.00 | 2.00 |" in lines[3]
     assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)
+
+
+def test_totals_begin_with_what_a_method_begins_with():
+    """Seconds a step that make the epochs those of the paper give its totals, but for what it rounded."""
+    from benchmarks import epoch_time
+    from benchmarks.forms import METHODS
+    from fastafd.paper import TABLE5
+
+    assert {label: config.sgd.epochs for label, config in METHODS.items()} == {
+        label: epochs for label, (epochs, _, _) in TABLE5.items()
+    }
+    passes = {label: 8 if label == "Free-AT" else 1 for label in TABLE5}
+    found = {label: {"step_s": [epoch / 390 / passes[label]] * 3} for label, (_, epoch, _) in TABLE5.items()}
+    rows = epoch_time.method_rows("resnet18", found, dict.fromkeys(TABLE5, "fast"), 128)
+    assert [row["method"] for row in rows] == list(TABLE5)
+    for row, (_, epoch, total) in zip(rows, TABLE5.values(), strict=True):
+        assert row["epoch_s"] == pytest.approx(epoch) == row["fastest_s"] == row["slowest_s"]
+        assert row["total_s"] == pytest.approx(total, rel=0.02)
+    lines = epoch_time.methods_table({"methods": rows}).splitlines()
+    assert lines[-1] == "| resnet18 | AFD | fast | 20 | 46.00 | 46.00 to 46.00 | 1520 | 46 | 1510 |"
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 11
+
+
+def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
+    """The fast engine's parts run uncompiled: compiling seven steps takes minutes on a CPU."""
+    from benchmarks import epoch_time
+    from benchmarks.forms import METHODS
+    from fastafd.paper import TABLE5
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    words = ["--tiny", "--tasks", "--methods", "--device", "cpu", "--out", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["epoch_time", *words])
+    assert epoch_time.main() == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["method"]: row for row in found["methods"]}
+    assert list(rows) == list(TABLE5) and found["rows"] == []
+    for label, row in rows.items():
+        config = METHODS[label]
+        assert row["arch"] == "resnet8_half" and (row["recipe"], row["epochs"]) == (config.recipe, config.sgd.epochs)
+        assert row["engine"] == ("reference" if config.method.only_reference else "fast")
+        steps = 50_000 // 8 * (8 if label == "Free-AT" else 1)
+        assert len(row["step_s"]) == 2 and row["epoch_s"] == pytest.approx(steps * statistics.median(row["step_s"]))
+        before = {"scratch": 0.0, "natural": rows["Standard"]["total_s"], "robust": rows["PGD-AT"]["total_s"]}
+        assert row["total_s"] == pytest.approx(row["epochs"] * row["epoch_s"] + before[config.method.begins])
+    assert {label for label, row in rows.items() if row["engine"] == "reference"} == {
+        *("TRADES", "Free-AT", "FGSM-GA", "ATAS")
+    }
+    said = capsys.readouterr().out
+    assert said.index(epoch_time.methods_table(found)) > said.index(epoch_time.table(found)) == 0
+    assert epoch_time.about(found) in said and "Methods: " in epoch_time.about(found)
+
+
+def test_steps_of_methods_are_those_of_their_runs(monkeypatch):
+    """What each trains and begins with: a module of RiFT's, ATAS after its warm-up, teachers, averages, attacks."""
+    from benchmarks.forms import METHODS, method_step
+    from fastafd.data import Loader
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    torch.manual_seed(0)
+    net, loader = build_model("resnet18", 10), Loader(16, 8, 0, True, torch.device("cpu"))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    steps = {label: method_step(net, config, loader, "fp32") for label, config in METHODS.items()}
+    tuned = [name for name, weight in steps["RiFT"].model.named_parameters() if weight.requires_grad]
+    assert tuned == ["layer2.1.conv2.weight"] and all(weight.requires_grad for weight in net.parameters())
+    assert steps["ATAS"].steps == 5 * len(loader) and steps["ARREST"].per_epoch == len(loader)
+    assert {label for label, step in steps.items() if step.taught} == {"vAFT", "AFKD", "ARREST", "AFD"}
+    assert [label for label, step in steps.items() if step.ema is not None] == ["AFD"]
+    climbing = {label for label, step in steps.items() if step.attack is not None}
+    assert climbing == {"PGD-AT", "TRADES", "vAFT", "AFKD", "ARREST", "AFD"}
+    assert all(step.attack == METHODS[label].attack for label, step in steps.items() if label in climbing)
+    weights = [id(next(step.model.parameters())) for step in steps.values()]
+    assert len({*weights, id(next(net.parameters()))}) == 12
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_the_profile_adds_up():

@@ -133,6 +133,23 @@ def test_method_is_its_transcription(recipe, engine):
     )  # the distance from natural features, whether or not a method looks at them (Fig. 1a)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["vaft", "afkd", "arrest", "vaft_d", "pgd_at"])
+def test_recorded_steps_are_the_reference(recipe):
+    """In float64: warm-up, recording, replays; noisy replay while its epochs last and after."""
+    both = []
+    for engine in BOTH:
+        step = step_of(recipe, small_net().cuda(), engine)
+        for (x, y), epoch in zip(batches(STEPS), EPOCHS, strict=True):
+            step.steps = step.steps if recipe != "arrest" else epoch - 1
+            metrics = step(x.cuda(), y.cuda(), probe=True)
+        both.append((step, metrics))
+    (reference, expected), (fast, found) = both
+    assert fast.graphs.works and len(fast.graphs.recorded) == 1 and found.keys() == expected.keys()
+    assert_same(fast.averaged().merge(), reference.averaged().merge(), 1e-6)
+
+
 def test_free_at_is_its_transcription():
     literal, data, times = small_net(), batches(4), 3
     model = split(literal)
@@ -298,11 +315,12 @@ def test_criticality_is_its_transcription():
     assert all(not p.grad for p in net.parameters() if p.grad is not None)
 
 
-def test_fine_tuning_of_one_module_is_its_transcription():
+@pytest.mark.parametrize("engine", BOTH)
+def test_fine_tuning_of_one_module_is_its_transcription(engine):
     literal, data = small_net(), batches(5)
     net = copy.deepcopy(literal).requires_grad_(False)
     net.get_submodule("0").requires_grad_()
-    step = TrainStep(net, make_sgd(net, 0.01, 0.9, 5e-4), find_recipe("rift").method, amp="fp32", engine="reference")
+    step = TrainStep(net, make_sgd(net, 0.01, 0.9, 5e-4), find_recipe("rift").method, amp="fp32", engine=engine)
     for x, y in data:
         step(x, y)
     transcriptions.rift_finetune(literal, "0", data, [0.01] * 5)

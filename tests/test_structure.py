@@ -11,8 +11,11 @@ from conftest import ROOT
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    ["settings", "kernels", "timing", "console"],
+    ["settings", "kernels", "timing", "console", "paper"],
     ["files"],
+    ["runs"],
+    ["figures"],
+    ["page"],
     ["models", "attacks", "data"],
     ["methods", "ema", "optim", "checkpoint"],
     ["graphs"],
@@ -22,6 +25,7 @@ LAYERS = [
     ["afd_step", "fast_at"],
     ["loop"],
     ["cli"],
+    ["report"],
     ["evaluate"],
     ["pretrain", "rift", "samples"],
     ["train", "verify"],

@@ -1,0 +1,164 @@
+"""Tables from run folders: what counts as a row of the paper's, what is said of seeds, of what was not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from fastafd import paper, report
+from fastafd.evaluate import wilson
+from fastafd.runs import read_runs
+from fastafd.settings import UsageError
+
+
+def figure(accuracy: float, n: int = 10_000) -> dict:
+    correct = round(accuracy * n)
+    return {"n": n, "correct": correct, "accuracy": correct / n, "interval": wilson(correct, n)}
+
+
+def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...], **more) -> Path:
+    """A finished run as fastafd.train leaves it, as far as tables read it."""
+    arch, dataset, train = (
+        more.get(key, other) for key, other in (("arch", "resnet18"), ("dataset", "cifar10"), ("train", 50_000))
+    )
+    attacks = dict(zip(("clean", "pgd20", "autoattack"), map(figure, figures)))
+    models = {label: attacks}
+    if more.get("begins", "natural") == "natural":
+        models["natural"] = {"clean": figure(0.946), "pgd20": figure(0.0)}
+    if label == "AFD":
+        models["AFD, f2"] = {"clean": figure(0.4)}
+    result = {
+        "label": label,
+        "models": models,
+        "dataset": {"name": dataset, "train": train, "test": 10_000, "classes": ["a", "b"]},
+        "changed": more.get("changed", {}),
+        "parameters": {"model": 11_173_962, "training": 11_173_962 + (2 * 512**2 if label == "AFD" else 0)},
+        "seconds": {"finetuning": {"wall": 80.0}},
+        "config": {
+            "recipe": recipe,
+            "matched": more.get("matched", False),
+            "pretrained": more.get("pretrained"),
+            "task": {"arch": arch, "dataset": dataset, "seed": more.get("seed", 0)},
+            "method": {"held_out": 1000} if label == "RiFT" else {},
+        },
+    }
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def row(table: str, first: str) -> list[str]:
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith(f"| {first} |")]
+    assert lines, f"no row {first} in\n{table}"
+    return lines[0]
+
+
+def test_nothing_run_is_shown_as_not_run(tmp_path):
+    runs = read_runs([write_run(tmp_path / "x", "AFD", "released", (0.8, 0.5, 0.4), arch="resnet8")])
+    for table in (report.table1(runs), report.table2(runs), report.table3(runs), report.table4(runs)):
+        cells = [cell for line in table.splitlines()[4:] for cell in line.strip("| ").split(" | ") if "paper" in cell]
+        assert cells and all(cell.startswith("not run; paper") for cell in cells)
+    assert "not run; paper 94.60" in report.table6(runs)
+
+
+def test_a_run_beside_the_paper(tmp_path):
+    runs = read_runs([write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52, 0.46))])
+    assert row(report.table1(runs), "AFD")[1:] == [
+        "85.00 [84.3, 85.7] n=10000; paper 84.88, +0.12",
+        "52.00 [51.0, 53.0] n=10000; paper 52.70, -0.70",
+        "46.00 [45.0, 47.0] n=10000; paper 47.40, -1.40",
+        "61.00; paper 61.66, -0.66",
+    ]
+    (line,) = [line for line in report.table4(runs).splitlines() if line.startswith("| resnet18 | cifar10 |")]
+    assert "85.00" in line and "40.00" in line and "| 45.00; paper 45.83 |" in line
+    assert "| resnet18 | cifar10 | own, seed 0 | 94.60 [94.1, 95.0] n=10000; paper 94.60, +0.00 |" in report.table6(
+        runs
+    )
+    assert row(report.parameters(runs), "resnet18")[1:] == ["11,173,962", "524,288", "4.69 %", "11.2 M + 0.5 M, 4.46 %"]
+
+
+def test_seeds_are_one_row_of_mean_and_deviation(tmp_path):
+    for seed, clean in enumerate((0.84, 0.85, 0.86)):
+        write_run(tmp_path / f"afd-{seed}", "AFD", "released", (clean, 0.5, 0.4), seed=seed)
+    runs = read_runs([tmp_path])
+    assert row(report.table1(runs), "AFD")[1] == "85.00 ± 1.00 of 3 seeds, n=10000; paper 84.88, +0.12"
+    assert row(report.results(runs), "AFD")[6] == "58.33 ± 0.33" and report.results(runs).count("| AFD |") == 1
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [({"changed": {"epochs": 2}}, "epochs 2"), ({"train": 10_000}, "10000 images of cifar10")],
+)
+def test_other_settings_and_parts_of_a_data_set_are_no_rows_of_the_paper(more, why, tmp_path):
+    folder = write_run(tmp_path / "small", "AFD", "released", (0.85, 0.52, 0.46), **more)
+    runs = read_runs([folder])
+    for table in (report.table1(runs), report.table3(runs), report.table4(runs)):
+        assert "85.00" not in table and table.endswith(f"- {folder}: {why}")
+    assert "85.00" in report.results(runs)
+
+
+def test_held_out_and_evaluated_images_do_not_make_other_settings(tmp_path):
+    write_run(tmp_path / "rift", "RiFT", "rift", (0.84, 0.49, 0.43), train=49_000, begins="robust")
+    write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52), changed={"autoattack_n": 0})
+    table = report.table1(read_runs([tmp_path]))
+    assert row(table, "RiFT")[1].startswith("84.00") and "Left out" not in table
+    assert row(table, "AFD")[3:] == ["not run; paper 47.40", "not run; paper 61.66"]
+
+
+def test_ablation_and_matched_runs_have_rows_of_their_own(tmp_path):
+    write_run(tmp_path / "a", "AFD", "vaft_d", (0.81, 0.5, 0.4))
+    write_run(tmp_path / "b", "AFD", "vaft_a", (0.82, 0.5, 0.4))
+    write_run(tmp_path / "c", "vAFT", "vaft", (0.83, 0.5, 0.4), matched=True)
+    write_run(tmp_path / "d", "vAFT", "vaft", (0.84, 0.5, 0.4))
+    table = report.table3(read_runs([tmp_path]))
+    found = {line.split(" | ")[0].strip("| "): line.split(" | ")[1][:5] for line in table.splitlines()[2:6]}
+    assert found == {"vAFT": "84.00", "vAFT (matched)": "83.00", "vAFT+D": "81.00", "vAFT+A": "82.00"}
+    assert row(report.table1(read_runs([tmp_path])), "vAFT (matched)")[1].startswith("83.00")
+
+
+def test_autoattack_by_evaluation_later_counts(tmp_path):
+    folder = write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52))
+    (folder / "evaluation-autoattack.json").write_text(json.dumps({"autoattack": figure(0.47, 1000)}))
+    assert row(report.table1(read_runs([folder])), "AFD")[3].startswith("47.00 [43.9, 50.1] n=1000; paper 47.40")
+
+
+def test_figures_of_the_paper_are_what_its_text_says():
+    """A slip in a figure is seen by the averages that the paper prints beside them."""
+    text = next((ROOT.parent / "shared" / "paper").glob("001_*.txt"), None)
+    if text is None:
+        pytest.skip("the paper's text is not beside the checkout")
+    lines = text.read_text().replace("<u>", "").replace("</u>", "").splitlines()
+    for arch, first in (("resnet18", "PGD-AT\t84.43"), ("wrn34_10", "PGD-AT\t86.35")):
+        start = next(index for index, line in enumerate(lines) if line.startswith(first))
+        rows = {}
+        for line in lines[start : start + 10]:
+            name, *values = line.split("\t")
+            rows[name.split(" <")[0].replace("$ATAS^{\\dagger}$", "ATAS")] = values
+        for index, dataset in enumerate(("cifar10", "cifar100", "tiny-imagenet")):
+            for method, figures in paper.ACCURACY[arch][dataset].items():
+                assert [f"{value:.2f}" for value in figures] == rows[method][4 * index : 4 * index + 3]
+                assert sum(figures) / 3 == pytest.approx(float(rows[method][4 * index + 3]), abs=0.015)
+    assert paper.ABLATION["AFD"] == paper.ACCURACY["resnet18"]["cifar10"]["AFD"]
+    for method, (epochs, one, total) in paper.TABLE5.items():
+        begins = 590 if method in ("vAFT", "AFKD", "ARREST", "AFD") else 4440 if method == "RiFT" else 0
+        assert total == pytest.approx(begins + epochs * one, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "got nothing to report, takes one of results, table1"),
+        (["table9", "HERE"], "takes one of results, table1, .*did you mean table"),
+        (["table1", "nowhere"], "runs: got nowhere, takes a run folder"),
+        (["figure3", "HERE"], "is disentangled"),
+        (["table1", "HERE", "--outt", "x"], "did you mean --out"),
+    ],
+)
+def test_mistakes(words, said, tmp_path):
+    folder = write_run(tmp_path / "vaft", "vAFT", "vaft", (0.8, 0.5, 0.4))
+    with pytest.raises(UsageError, match=said):
+        report.main([str(folder) if word == "HERE" else word for word in words])
