@@ -43,7 +43,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
         Part(
             "methods",
             python("benchmarks.epoch_time", "--quick", *where, "--arch", "resnet18", "--tasks", "--methods", *methods),
-            240,
+            400,
             slow,
         ),
         Part("convolutions", python("benchmarks.convolutions", *small, *fewer, *convolutions), 240),

@@ -7,11 +7,12 @@
 What matters most comes first:
 
     gpu_suite     tests, kernels' numerics, certificate, epoch times of a ResNet-18 through FFCV and from memory
-    runs          20 epochs from the ResNet-18 that pyautoattack ships: AFD by recipe `released` (its compiler caches
-                  empty) and by `paper`, `vaft` matched; clean and PGD-20 on all test images, the feature gap by epoch
+    runs          20 epochs from the ResNet-18 that pyautoattack ships: AFD by recipe `released` (with empty compiler
+                  caches, if nothing cut it short) and by `paper`, `vaft` matched; clean and PGD-20 on all test images,
+                  the feature gap by epoch
     autoattack    on 1,000 class-balanced test images: the AFD with the better PGD-20 accuracy, and vaft
-    gpu_suite     profile of a step, kernels, epoch times of all networks, and of all methods (Table 5)
-    own           natural pre-training by the paper's appendix, and AFD from it
+    gpu_suite     profile of a step, kernels, epoch times of all networks
+    own           natural pre-training by the paper's appendix, and AFD from it; a step of every method (Table 5)
     tried         `released` with one thing another way, to find the cause of a miss; convolutions alone
 
 DIR then holds a JSON file of each run (configuration, versions, device, accuracies, seconds, the log of its epochs),
@@ -27,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_suite, table
-from benchmarks.parts import NotNow, Part, arguments, python, run
+from benchmarks.parts import NotNow, Part, arguments, earlier, python, run
 from fastafd.checkpoint import load_model_about
 from fastafd.files import as_json, save_text
+from fastafd.runs import Run
 
 TRAINED: dict[str, list[Any]] = {  # run folder: flags of fastafd.train
     "afd-released": ["--recipe", "released"],
@@ -72,13 +74,15 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
     def attacked(name: str, among: tuple[str, ...]) -> Part:
         def command() -> list[str]:
             finished = [name for name in among if (runs / name / "result.json").exists()]
-            if not finished:
-                raise NotNow(f"there is no result of {' or '.join(among)}")
-            best = max(finished, key=lambda name: robust(result_of(runs / name))["pgd20"]["accuracy"])
+            ended = earlier(out)
+            waiting = [name for name in among if name not in finished and ended.get(name, {}).get("result") != "failed"]
+            if waiting or not finished:
+                raise NotNow(f"there is no result of {' or '.join(waiting or among)}")
+            best = max(finished, key=lambda name: run_in(runs / name).trained["pgd20"]["accuracy"])
             n = 2 if tiny else 1000
             return python("fastafd.evaluate", runs / best, *data, *where, "--attack", "autoattack", "--n", n)
 
-        return Part(name, command, 400)
+        return Part(name, command, 600)  # it begins anew where it is cut short
 
     natural = ["--out", runs / "natural", *data, "--arch", "resnet18", *where, "--log-every", LOGGED]
     if tiny:
@@ -90,10 +94,11 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
         *(trained(name, flags, 400) for name, flags in TRAINED.items()),
         attacked("autoattack-afd", AFD),
         attacked("autoattack-vaft", ("vaft-matched",)),
-        *(suite[name] for name in ("profile", "kernels", "epoch", "methods")),
+        *(suite[name] for name in ("profile", "kernels", "epoch")),
         Part("natural", python("fastafd.pretrain", *natural), 600, env=caches),
         Part("natural-pgd20", lambda: evaluation(own, [*data, *where, *n]), 60),
         trained("afd-own", afd, 400, own),
+        suite["methods"],
         *(trained(name, [*afd, *flags], 900) for name, flags in TRIED.items()),
         suite["convolutions"],
     ]
@@ -105,25 +110,18 @@ def evaluation(folder: Path, flags: list[Any]) -> list[str]:
     return python("fastafd.evaluate", folder, *flags, "--attack", "pgd20")
 
 
-def result_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
-
-
-def robust(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the model that a run trained."""
-    return next(found for label, found in result["models"].items() if label != "natural" and "pgd20" in found)
+def run_in(folder: Path) -> Run:
+    return Run(folder, json.loads((folder / "result.json").read_text()))
 
 
 def collect(out: Path) -> None:
     """A JSON file in `out` of each run that has been evaluated: what the run says of itself, and its log."""
     for folder in sorted((out / "runs").glob("*")):
-        result = folder / "result.json"
-        attacked = folder / "evaluation-autoattack.json"
         natural = folder / "evaluation-pgd20.json"
-        if result.exists():
-            found = result_of(folder)
-            if attacked.exists():
-                robust(found)["autoattack"] = json.loads(attacked.read_text())["autoattack"]
+        if (folder / "result.json").exists():
+            trained = run_in(folder)
+            found = trained.result
+            found["models"][found["label"]] = trained.trained  # with AutoAttack
         elif natural.exists():
             found = json.loads(natural.read_text())
             _, about = load_model_about(folder)

@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
         if (folder / "result.json").exists() and not (folder / "evaluation-autoattack.json").exists():
             attack = [folder, "--attack", "autoattack", "--n", scale.autoattack]
             codes.append(run("fastafd.evaluate", attack, f"{name}, AutoAttack"))
-    return max(codes, default=0)
+    return int(any(codes))
 
 
 def run(module: str, arguments: list[Any], name: str) -> int:

@@ -59,17 +59,23 @@ def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not file.exists():
         raise UsageError(f"model: got {path}, takes a run folder with a model.safetensors, or such a file")
     try:
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("fastafd", "null"))
+        about = header_of(file)
     except (SafetensorError, OSError):
         raise UsageError(
             f"model: {file} is not a safetensors file; for other weights give --arch and --weights"
         ) from None
-    if about is None:
+    if not about:
         raise UsageError(f"model: {file} does not say which classifier it holds; give --arch and --weights")
     net = build_model(about["arch"], about["num_classes"], about["normalize"])
     fit_weights(net, load_weights(file), file)
     return net.eval(), about
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """What `save_model` wrote into a safetensors file of its classifier; nothing in one of other origin."""
+    with safe_open(file, framework="pt") as opened:
+        found: dict[str, Any] = json.loads((opened.metadata() or {}).get("fastafd", "{}"))
+    return found
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -143,13 +145,11 @@ def evaluate(
     computed in true fp32: TF32, which PyTorch allows them by default, is off meanwhile.
     """
     model.eval()
-    cudnn = torch.backends.cudnn
-    as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     result: dict[str, Any] = {"eps": "8/255", "seed": seed}
     drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
     if "autoattack" in attacks:
         check_classes(model, to_unit(torch.from_numpy(test.images(np.arange(1)))))
-    with cudnn.flags(**as_is, allow_tf32=False):
+    with true_fp32():
         for attack in attacks:
             wanted = autoattack_n if attack == "autoattack" else n
             if wanted not in drawn:
@@ -171,6 +171,15 @@ def evaluate(
             if len(indices) < len(test):
                 result[attack]["indices"] = indices.tolist()
     return result
+
+
+@contextmanager
+def true_fp32() -> Iterator[None]:
+    """Convolutions in fp32 rather than TF32, which PyTorch allows them by default."""
+    cudnn = torch.backends.cudnn
+    as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with cudnn.flags(**as_is, allow_tf32=False):
+        yield
 
 
 def accuracy_under(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,7 +135,7 @@ class ATASStep(TrainStep):
         self.eps, self.loader, self.epochs = ball.eps, loader, epochs
         self.deltas: Tensor | None = None  # (N,3,H+2p,W+2p)
         self.squares = torch.zeros(loader.n, dtype=next(model.parameters()).dtype, device=self.device)  # v
-        self._order = -1, np.empty(0)  # an epoch and its order
+        self._order = -1, torch.empty(0)  # an epoch and its order, on the device
 
     def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
         _, y, offsets, flips, *_ = inputs
@@ -148,9 +147,10 @@ class ATASStep(TrainStep):
             like = torch.empty(self.loader.n, 3, side, side, dtype=x.dtype, device=x.device)
             self.deltas = linf_noise(like, self.eps, self.generator)
         if self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.loader.n, self.loader.seed, epoch)
+            order = epoch_order(self.loader.n, self.loader.seed, epoch)
+            self._order = epoch, torch.from_numpy(order).to(x.device)  # waits for the device, once an epoch
         first = batch * self.loader.batch_size
-        images = torch.from_numpy(self._order[1][first : first + len(x)]).to(x.device)
+        images = self._order[1][first : first + len(x)]
         _, rows, columns = window(offsets, flips, x.shape[2])
         place = images[:, None, None], slice(None), rows, columns
 

@@ -102,7 +102,8 @@ def feature_gap(runs: Sequence[Run], out: Path) -> Path:
             ax.set(xlabel="epoch", ylabel=f"feature distance, {sign}")
             ax.set_ylim(bottom=0)
             ax.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, len(groups)))
+        across = math.ceil(len(groups) / math.ceil(len(groups) / 5))
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=across)
         return _save(figure, rows, out, "figure1a")
 
 
@@ -187,7 +188,7 @@ def _tsne(panels: Mapping[str, tuple[Run, str]], out: Path, name: str, about: st
 def sweep(runs: Sequence[Run], out: Path) -> Path:
     """Figure 4: clean and PGD-20 accuracy against alpha, beta and gamma, for those that were varied."""
     attacks = {"clean": "clean", "pgd20": "PGD-20"}
-    varied = [run for run in runs if _varied(run)]
+    varied = [run for run in runs if run.varied]
     if not varied:
         raise UsageError(f"figure4: none of {_names(runs)} varies a weight, takes folders such as gamma-25-seed0")
     tasks = sorted({f"{run.arch} on {run.dataset}" for run in varied})
@@ -197,7 +198,7 @@ def sweep(runs: Sequence[Run], out: Path) -> Path:
     for weight in WEIGHTS:
         at: dict[float, list[Run]] = {}
         for run in varied:
-            if _varied(run) == weight:
+            if run.varied == weight:
                 at.setdefault(_value(run, weight), []).append(run)
         for value, seeds in sorted(at.items()):
             for attack in attacks:
@@ -238,12 +239,6 @@ def sweep(runs: Sequence[Run], out: Path) -> Path:
         return _save(figure, rows, out, "figure4")
 
 
-def _varied(run: Run) -> str | None:
-    """The weight that a run of a sweep varies, by its folder's name."""
-    first = run.folder.name.split("-")[0]
-    return first if first in WEIGHTS and first in run.config["method"] else None
-
-
 def _value(run: Run, weight: str) -> float:
     """The weight as the paper counts it: all recipes but `paper` step on L2 twice."""
     value = run.config["method"][weight]
@@ -255,7 +250,7 @@ def _value(run: Run, weight: str) -> float:
 
 def _methods(runs: Sequence[Run]) -> Sequence[Run]:
     """The runs that are of no sweep, or all if there are none such."""
-    return [run for run in runs if not _varied(run)] or runs
+    return [run for run in runs if not run.varied] or runs
 
 
 def _by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -31,6 +31,8 @@ PARTS = {
     "update": "update",
     "step": "step in one graph",
     "compile": "compiling",
+    "criticality": "choosing (RiFT)",
+    "mixing": "choosing (RiFT)",
 }
 PHASES = ("pre-training", *dict.fromkeys(PARTS.values()), "other", "evaluation")
 FLAT = ("task", "method", "sgd")  # parts of a config whose settings go by their own names
@@ -425,8 +427,8 @@ td small { white-space: nowrap; }
 .bar span { flex: none; border-right: 1px solid var(--back); }
 .swatch, .bar span { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .p0 { background: #999; } .p1 { background: #e69f00; } .p2 { background: #d55e00; } .p3 { background: #56b4e9; }
-.p4 { background: #0072b2; } .p5 { background: #009e73; } .p6 { background: #cc79a7; } .p7 { background: #f0e442; }
-.p8 { background: #6b7280; }
+.p4 { background: #0072b2; } .p5 { background: #009e73; } .p6 { background: #cc79a7; } .p7 { background: #882255; }
+.p8 { background: #f0e442; } .p9 { background: #6b7280; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; }
 .charts figure { margin-bottom: .5rem; }
 .charts figcaption { text-align: center; }

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastafd import cli
-from fastafd.checkpoint import fit_weights, load_model_about, load_weights, save_model
+from fastafd.checkpoint import fit_weights, header_of, load_model_about, load_weights, save_model
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
@@ -109,8 +109,11 @@ def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.devic
     )
 
 
-def natural_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> nn.Module:
-    """The classifier in a file or run folder, or pyautoattack's `example`. UsageError if it does not fit."""
+def given_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier in a file or run folder, or pyautoattack's `example`, and what is known of it.
+
+    UsageError if it does not fit.
+    """
     net = build_model(task.arch, len(dataset.classes), task.normalize)
     if pretrained == "example":
         if (task.arch, dataset.name, task.normalize) != ("resnet18", "cifar10", "none"):
@@ -124,7 +127,10 @@ def natural_model(pretrained: str, task: Task, dataset: Dataset, console: Consol
         source = source / "model.safetensors" if source.is_dir() else source
     fit_weights(net, load_weights(source), source)
     console.line(f"pre-trained model: {source}")
-    return net.eval()
+    known = about(task, dataset)
+    if source.suffix == ".safetensors" and (seconds := header_of(source).get("pretraining_seconds")) is not None:
+        known["pretraining_seconds"] = seconds
+    return net.eval(), known
 
 
 def example_weights() -> Path:

@@ -51,16 +51,17 @@ def main(argv: list[str]) -> None:
     known = [*TABLES, *FIGURES, "page"]
     if not words:
         raise UsageError(f"report: got nothing to report, takes one of {', '.join(known)}, then run folders")
-    what, runs = words[0], read_runs([Path(word).expanduser() for word in words[1:] or ["runs"]])
+    what = words[0]
+    if what not in known:
+        raise unknown("report", what, known)
+    runs = read_runs([Path(word).expanduser() for word in words[1:] or ["runs"]])
     if what in TABLES:
         print(TABLES[what](runs))
     elif what in FIGURES:
         print(FIGURES[what](runs, made(config.out)))
-    elif what == "page":
+    else:
         single = len(runs) == 1 and not any(word.startswith("--out") for word in argv)
         print(page(runs, runs[0].folder if single else made(config.out)))
-    else:
-        raise unknown("report", what, known)
 
 
 def made(folder: Path) -> Path:
@@ -76,8 +77,9 @@ def page(runs: Sequence[Run], folder: Path) -> Path:
     for draw in FIGURES.values():
         try:
             drawn.append(draw(runs, made(folder / "figures")))
-        except UsageError:  # nothing of that kind was run
-            continue
+        except UsageError as error:
+            if str(error).startswith("plot"):  # else nothing of that kind was run
+                raise
     write_page(runs, tables, drawn, folder / "report.html")
     return folder / "report.html"
 
@@ -143,7 +145,7 @@ def settings(run: Run) -> list[str]:
 
 def why_not(run: Run) -> str:
     """What of a run is not as published, or nothing."""
-    said = settings(run)
+    said = settings(run) + (["of a sweep"] if run.varied else [])
     train, test = WHOLE.get(run.dataset, (0, 0))
     held_out = run.config["method"].get("held_out", 0)
     if (run.result["dataset"]["train"] + held_out, run.result["dataset"]["test"]) != (train, test):
@@ -151,16 +153,31 @@ def why_not(run: Run) -> str:
     return ", ".join(said)
 
 
-def left_out(runs: Sequence[Run]) -> str:
-    lines = [f"- {run.folder}: {why_not(run)}" for run in runs if not fits(run)]
-    return "\n\nLeft out, since they are not of the published settings:\n\n" + "\n".join(lines) if lines else ""
+def left_out(runs: Sequence[Run], used: Sequence[Run]) -> str:
+    """A line for each run that is in no row, and why."""
+    rest = [run for run in runs if run not in used]
+    lines = [f"- {run.folder}: {why_not(run) or 'of a network, data set or method without a row'}" for run in rest]
+    return "\n\nLeft out:\n\n" + "\n".join(lines) if lines else ""
 
 
-def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under what a row calls them; of a seed that ran twice the first."""
     found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.label, []).append(run)
+    for run in sorted(runs, key=lambda run: run.seed):
+        same = found.setdefault(run.label + (f", from {run.origin}" if run.origin else ""), [])
+        if run.seed not in [other.seed for other in same]:
+            same.append(run)
     return found
+
+
+def rows_for(of_paper: dict[str, tuple[float, float, float]], runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Each of the paper's rows with its runs, and behind it other recipes, conditions and starts of the same method."""
+    found = by_setting(runs)
+    rows = []
+    for label in of_paper:
+        rows.append((label, found.get(label, [])))
+        rows += [(name, same) for name, same in found.items() if name.startswith((f"{label} (", f"{label}, from"))]
+    return rows
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -172,30 +189,31 @@ def results(runs: Sequence[Run]) -> str:
     place = {
         run.label: order.index(run.result["label"]) if run.result["label"] in order else len(order) for run in runs
     }
-    groups: dict[tuple[str, str, str, str], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.dataset, run.arch, place[run.label], run.label, run.seed)):
-        groups.setdefault((run.dataset, run.arch, run.label, ", ".join(settings(run))), []).append(run)
+        own = ", ".join(settings(run) + ([f"pretrained {run.origin}"] if run.origin else []))
+        groups.setdefault((run.dataset, run.arch, run.label, own, run.result["amp"]), []).append(run)
     rows = []
-    for (dataset, arch, label, changed), same in groups.items():
+    for (dataset, arch, label, own, _), same in groups.items():
         seconds = statistics.fmean(run.result["seconds"]["finetuning"]["wall"] for run in same)
         images = f"{dataset}, {same[0].result['dataset']['train']} images"
-        rows.append([label, arch, images, *cells(same), f"{seconds:.0f}", changed])
+        (chosen,) = by_setting(same).values()
+        rows.append([label, arch, images, *cells(chosen), f"{seconds:.0f}", own])
     return markdown(["method", "network", "data", *HEAD, "s of training", "not as in its recipe"], rows)
 
 
 def accuracy_table(arch: str, runs: Sequence[Run]) -> str:
     """Table 1 or 2: a table for each data set."""
-    ours = [run for run in runs if run.arch == arch]
-    parts = []
+    parts, used = [], []
     for dataset, of_paper in ACCURACY[arch].items():
-        found = by_label([run for run in ours if run.dataset == dataset and fits(run)])
+        ours = [run for run in runs if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
         rows = []
-        for label, figures_of in of_paper.items():
-            for name in (label, f"{label} (matched)"):
-                if name in found or name == label:
-                    rows.append([name, *cells(found.get(name, []), figures_of)])
+        for name, same in rows_for(of_paper, ours):
+            label = next(label for label in of_paper if name == label or name.startswith((f"{label} (", f"{label},")))
+            rows.append([name, *cells(same, of_paper[label])])
+            used += same
         parts.append(f"{arch}, {dataset}\n\n" + markdown(["method", *HEAD], rows))
-    return "\n\n".join(parts) + left_out(ours)
+    return "\n\n".join(parts) + left_out(runs, used)
 
 
 def table1(runs: Sequence[Run]) -> str:
@@ -208,26 +226,29 @@ def table2(runs: Sequence[Run]) -> str:
 
 def table3(runs: Sequence[Run]) -> str:
     """The ablation. D1 stays in +D and +A, so that only the losses differ."""
-    ours = [run for run in runs if (run.arch, run.dataset) == ("resnet18", "cifar10")]
-    found = by_label([run for run in ours if fits(run)])
-    rows = [[label, *cells(found.get(label, []), theirs)] for label, theirs in ABLATION.items()]
-    if "vAFT (matched)" in found:
-        rows.insert(1, ["vAFT (matched)", *cells(found["vAFT (matched)"], ABLATION["vAFT"])])
-    return markdown(["method", *HEAD], rows) + left_out(ours)
+    ours = [run for run in runs if (run.arch, run.dataset) == ("resnet18", "cifar10") and fits(run)]
+    rows, used = [], []
+    for name, same in rows_for(ABLATION, ours):
+        label = next(label for label in ABLATION if name == label or name.startswith((f"{label} (", f"{label},")))
+        rows.append([name, *cells(same, ABLATION[label])])
+        used += same
+    return markdown(["method", *HEAD], rows) + left_out(runs, used)
 
 
 def table4(runs: Sequence[Run]) -> str:
     """Clean accuracy of f1 and of f2, of AFD."""
-    ours = [run for run in runs if run.label == "AFD" and run.confused is not None]
-    rows = []
+    rows, used = [], []
     for (arch, dataset), (of_f1, of_f2) in FEATURES.items():
-        found = [run for run in ours if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
-        f1 = [run.trained["clean"] for run in found]
-        f2 = [run.confused["clean"] for run in found if run.confused is not None]
-        gaps = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(f1, f2, strict=True)]
-        gap = f"{statistics.fmean(gaps):.2f}" if gaps else "not run"
-        rows.append([arch, dataset, per_cent(f1, of_f1), per_cent(f2, of_f2), f"{gap}; paper {of_f1 - of_f2:.2f}"])
-    return markdown(["network", "data", "f1", "f2", "f1 - f2"], rows) + left_out(ours)
+        ours = [run for run in runs if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
+        for name, same in rows_for({"AFD": (0.0, 0.0, 0.0)}, [run for run in ours if run.confused is not None]):
+            f1 = [run.trained["clean"] for run in same]
+            f2 = [run.confused["clean"] for run in same if run.confused is not None]
+            gaps = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(f1, f2, strict=True)]
+            gap = f"{statistics.fmean(gaps):.2f}" if gaps else "not run"
+            of_both = per_cent(f1, of_f1), per_cent(f2, of_f2)
+            rows.append([name, arch, dataset, *of_both, f"{gap}; paper {of_f1 - of_f2:.2f}"])
+            used += same
+    return markdown(["method", "network", "data", "f1", "f2", "f1 - f2"], rows) + left_out(runs, used)
 
 
 def table6(runs: Sequence[Run]) -> str:

@@ -29,8 +29,22 @@ class Run:
     def label(self) -> str:
         """What tables call the model: the method, and which recipe of it where there are several."""
         recipe, label = self.config["recipe"], self.result["label"]
-        named = {"vaft_d": "vAFT+D", "vaft_a": "vAFT+A", "paper": "AFD (paper)"}.get(recipe, label)
+        named = {"released": "AFD", "vaft_d": "vAFT+D", "vaft_a": "vAFT+A"}.get(recipe)
+        if named is None:
+            named = f"AFD ({recipe})" if label == "AFD" else label
         return named + (" (matched)" if self.config["matched"] else "")
+
+    @property
+    def origin(self) -> str:
+        """The given weights that it began with, or nothing where they are its own."""
+        given = self.config["pretrained"]
+        return "" if given is None else Path(given).name
+
+    @property
+    def varied(self) -> str | None:
+        """The weight that a run of a sweep varies, by its folder's name (benchmarks/sweep.py): gamma-25-seed0."""
+        first = self.folder.name.split("-")[0]
+        return first if first in ("alpha", "beta", "gamma") and first in self.config["method"] else None
 
     @property
     def arch(self) -> str:
@@ -53,9 +67,12 @@ class Run:
     def trained(self) -> dict[str, Any]:
         """The figures of the model that the run trained: {"clean": {"accuracy": …, "interval": …, "n": …}, …}."""
         found = self.result["models"][self.result["label"]]
-        attacked = self.folder / "evaluation-autoattack.json"  # by fastafd.evaluate, later
-        if "autoattack" not in found and attacked.exists():
-            return found | {"autoattack": json.loads(attacked.read_text())["autoattack"]}
+        file = self.folder / "evaluation-autoattack.json"  # by fastafd.evaluate, later
+        if file.exists():
+            later = json.loads(file.read_text())
+            most = found.get("autoattack", {"n": 0})["n"]
+            if later["dataset"] == self.dataset and later["autoattack"]["n"] >= most:
+                return found | {"autoattack": later["autoattack"]}
         return found
 
     @property
@@ -93,13 +110,15 @@ class Run:
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The finished runs in these folders, each a run folder or one that holds such. UsageError where there is none."""
-    found = []
+    files: dict[Path, Path] = {}
     for path in paths:
-        folders = [path] if (path / "result.json").exists() else sorted(f.parent for f in path.glob("*/result.json"))
-        if not folders:
+        if not path.is_dir():
             raise UsageError(f"runs: got {path}, takes a run folder with a result.json, or a folder of such")
-        for folder in folders:
-            result = json.loads((folder / "result.json").read_text())
-            if "label" in result:  # else it is of a fastafd before reports
-                found.append(Run(folder, result))
+        for file in (path / "result.json", *sorted(path.glob("*/result.json"))):
+            if file.exists():
+                files.setdefault(file.resolve(), file)
+    found = [Run(file.parent, json.loads(file.read_text())) for file in files.values()]
+    found = [run for run in found if "label" in run.result]  # else it is of a fastafd before reports
+    if not found:
+        raise UsageError(f"runs: no finished run in {', '.join(map(str, paths))}; one has a result.json")
     return found

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fastafd.data import Split, to_unit
-from fastafd.evaluate import PGD20, balanced_draw
+from fastafd.evaluate import PGD20, balanced_draw, true_fp32
 from fastafd.files import write_atomic
 from fastafd.models import SplitNet
 
 SHOWN, FEATURES, AT_ONCE = 10, 1000, 250  # images shown, images whose features are kept, images at a time
 
 
+@true_fp32()
 def save_samples(path: Path, model: SplitNet, test: Split, n: int | None, seed: int) -> None:
     """Write the file for a model in eval mode; of at most `n` test images, class-balanced."""
     device = next(model.parameters()).device

@@ -69,6 +69,8 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.attack = attack if method.adversarial and method.attacks else None
         self.per_epoch = per_epoch
+        if method.replays_noise and not per_epoch:
+            raise ValueError(f"{type(method).__name__} needs per_epoch, the steps of an epoch")
         if method.replays_noise and (self.attack is None or not self.attack.random_start):
             raise UsageError(f"attack.random_start: got false, takes true with {method.label}, which replays its noise")
         frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
@@ -283,12 +285,13 @@ class TrainStep:
         )
         began = time.perf_counter()
         usual, self._phases = self._phases, PhaseTimer(torch.device("cpu"))
+        timer, self.timer = self.timer, PhaseTimer(self.device)  # off: what compiles counts as that alone
         self._phases.on = True
         try:
-            with self.timer("compile"):
+            with timer("compile"):
                 metrics = self._launch(inputs, weight, probe)
         finally:
-            spent, self._phases = self._phases.collect(), usual
+            spent, self._phases, self.timer = self._phases.collect(), usual, timer
         self._met.add(inputs[0].shape)
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
         self.console.line(f"compiled in {time.perf_counter() - began:.1f} s ({parts})")

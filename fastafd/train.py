@@ -32,14 +32,14 @@ from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, Split, load_dataset
 from fastafd.engine import engine_of, resolve_amp, resolve_device
-from fastafd.evaluate import ATTACKS, evaluate, provenance, show
+from fastafd.evaluate import ATTACKS, evaluate, provenance, show, true_fp32
 from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit
 from fastafd.methods import ATAS, FreeAT, GradAlign, RiFT
 from fastafd.models import Disentangled, SplitNet, check_model, disentangle, split
 from fastafd.optim import make_sgd
-from fastafd.pretrain import about, fresh_model, loader_of, natural_model, pretrain
+from fastafd.pretrain import about, fresh_model, given_model, loader_of, pretrain
 from fastafd.recipes import find_recipe, matched
 from fastafd.rift import attacked_images, choose_mixture, criticality, hold_out
 from fastafd.samples import save_samples
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     device = resolve_device(task.device)
     task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))  # a resumed run keeps it
     config = dataclasses.replace(config, task=task)
+    check_for_method(config)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
     # Images, and the weights that the method begins with; the run keeps a copy: it is the teacher after a resume too.
@@ -117,6 +118,8 @@ def main(argv: list[str]) -> None:
         for name, (net, under) in evaluated.items()
     }
     save_samples(folder / "samples.npz", tuned, dataset.test, config.eval_n, task.seed)
+    changed = cli.changes(matched(recipe) if config.matched else recipe, config)
+    pretrains = method.begins == "natural" and config.pretrained is None
     summary: dict[str, Any] = {
         "models": results,
         "seconds": {
@@ -134,13 +137,26 @@ def main(argv: list[str]) -> None:
             "classes": dataset.classes,
         },
         "parameters": {"model": count_parameters(trained), "training": count_parameters(tuned)},
-        "changed": cli.changes(matched(recipe) if config.matched else recipe, config),
+        "changed": {name: value for name, value in changed.items() if pretrains or not name.startswith("pretrain.")},
         "config": dataclasses.asdict(config),
         **environment,
     }
     save_text(folder / "result.json", as_json(summary))
     show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
+
+
+def check_for_method(config: TrainConfig) -> None:
+    """UsageError for settings that the method has no use for, or cannot do with, before anything is trained."""
+    method, own = config.method, find_recipe(config.recipe)
+    if method.replays_noise and isinstance(config.attack, PGD) and not config.attack.random_start:
+        raise UsageError(f"attack.random_start: got false, takes true with {method.label}, which replays its noise")
+    if config.attack_bn != "eval" and not (method.adversarial and method.attacks):
+        raise UsageError(f"attack_bn: got {config.attack_bn!r}, takes eval: {method.label} has no attack of that kind")
+    if config.attack_bn != "eval" and config.task.engine == "fast":
+        raise UsageError(f"attack_bn: got {config.attack_bn!r}, takes eval with engine fast; reference has both")
+    if config.d2_weight_decay != own.d2_weight_decay and not method.disentangled:
+        raise UsageError(f"d2_weight_decay: {method.label} has no D2; this is a setting of AFD's recipes")
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -161,7 +177,7 @@ def start_of(
     if kept.exists():
         return load_model_about(kept)
     if config.pretrained is not None:
-        return natural_model(config.pretrained, config.task, dataset, console), about(config.task, dataset)
+        return given_model(config.pretrained, config.task, dataset, console)
     if begins == "robust":
         raise UsageError(
             f"pretrained: got none, and recipe {config.recipe} begins with an adversarially trained model,"
@@ -230,15 +246,15 @@ def rift_by(
     began = time.monotonic()
     chosen = folder / "criticality.json"
     if not chosen.exists():
-        x_adv, y = attacked_images(robust, held, attack, sgd.batch_size, task.seed)
-        of_each = criticality(
-            robust, x_adv, y, radius=method.radius, climbs=method.climbs, batch_size=512, console=console
-        )
-        save_text(chosen, as_json(of_each))
-    of_each = json.loads(chosen.read_text())
+        with true_fp32():
+            x_adv, y = attacked_images(robust, held, attack, sgd.batch_size, task.seed)
+            radius, climbs = method.radius, method.climbs
+            rises = criticality(robust, x_adv, y, radius=radius, climbs=climbs, batch_size=512, console=console)
+        save_text(chosen, as_json({"criticality": rises, "seconds": time.monotonic() - began}))
+    found = json.loads(chosen.read_text())
+    of_each: dict[str, float] = found["criticality"]
     module = min(of_each, key=lambda name: of_each[name])
     console.line(f"RiFT: {module} is the least critical of {len(of_each)} modules")
-    choosing = time.monotonic() - began
 
     net = copy.deepcopy(robust).requires_grad_(False)
     net.get_submodule(module).requires_grad_()
@@ -265,11 +281,11 @@ def rift_by(
         identity=dataset.train.identity,
     )
     began = time.monotonic()
-    mixed, rows, share = choose_mixture(
-        robust, step.averaged(), held, attack, method.robust_drop / 100, task.seed, console
-    )
+    with true_fp32():
+        drop = method.robust_drop / 100
+        mixed, rows, share = choose_mixture(robust, step.averaged(), held, attack, drop, task.seed, console)
     console.line(f"RiFT: {share:.1f} of the fine-tuned weights, {1 - share:.1f} of the robust ones")
-    seconds |= {"criticality": choosing, "mixing": time.monotonic() - began}
+    seconds |= {"criticality": found["seconds"], "mixing": time.monotonic() - began}
     seconds["wall"] += seconds["criticality"] + seconds["mixing"]
     return split(mixed), seconds, {"module": module, "share": share, "mixtures": rows, "criticality": of_each}
 

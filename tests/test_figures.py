@@ -11,6 +11,7 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from sklearn.metrics import silhouette_score
 
 from fastafd import figures
 from fastafd.runs import read_runs
@@ -126,14 +127,17 @@ def test_runs_of_other_settings_are_not_seeds(tmp_path, drawn):
 
 def test_tsne_is_drawn_as_written(tmp_path, drawn):
     swept = make_run(tmp_path / "alpha-0-seed0", method={"alpha": 0.0}, classes=["ant", "bee", "cow"])
-    run = make_run(tmp_path / "released-seed0", classes=["_cat", "$dog", "<eel>"])
+    run = make_run(tmp_path / "released-seed0", classes=["_cat", "$dog$", "<eel>"])
     rows = numbers(figures.tsne([swept, run], tmp_path))
-    assert len(rows) == 60 and {row["class"] for row in rows} == {"_cat", "$dog", "<eel>"}
+    assert len(rows) == 60 and {row["class"] for row in rows} == {"_cat", "$dog$", "<eel>"}
     for ax, panel in zip(drawn[-1].axes, ("before disentanglement", "after it, $f_1$"), strict=True):
         points = np.concatenate([collection.get_offsets() for collection in ax.collections]).tolist()
         assert sorted(points) == sorted([float(row["x"]), float(row["y"])] for row in rows if row["panel"] == panel)
     said = [float(ax.get_title().split()[-1]) for ax in drawn[-1].axes]
-    assert said[0] < 0.2 < 0.8 < said[1]  # noise before, classes apart in f1
+    for silhouette, name in zip(said, ("before", "f1"), strict=True):
+        features = run.samples[name].astype(np.float32)
+        assert abs(silhouette - silhouette_score(features, run.samples["feature_label"])) <= 0.005
+    assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == ["_cat", r"\$dog\$", "<eel>"]
 
 
 def test_tsne_of_methods_and_of_many_classes(tmp_path, drawn):

@@ -13,7 +13,7 @@ from PIL import Image
 from test_figures import make_run
 
 from fastafd import figures
-from fastafd.page import markdown_html, seconds_by_part, write_page
+from fastafd.page import CSS, markdown_html, seconds_by_part, write_page
 
 VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # those of the page that have no end tag
 
@@ -54,13 +54,14 @@ def page_of(tmp_path, runs, tables=(), drawn=()):
 
 
 def alone(page):
-    """No script, nothing loaded, ids once, images with a text, links to what is there."""
+    """No script, nothing loaded by an element or by the style, ids once, images with a text, links to what is there."""
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
-        assert attributes.get("src", "data:").startswith("data:image/") if "src" in attributes else True
+        assert attributes.get("src", "data:image/").startswith("data:image/")
         assert "href" not in attributes or attributes["href"].removeprefix("#") in ids
+    assert "url(" not in CSS and "@import" not in CSS
     assert all(image["alt"] for image in page.all("img"))
     assert all(picture["aria-label"] for picture in page.all("svg"))
     return page

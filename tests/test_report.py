@@ -35,6 +35,7 @@ def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...],
         "models": models,
         "dataset": {"name": dataset, "train": train, "test": 10_000, "classes": ["a", "b"]},
         "changed": more.get("changed", {}),
+        "amp": "fp32",
         "parameters": {"model": 11_173_962, "training": 11_173_962 + (2 * 512**2 if label == "AFD" else 0)},
         "seconds": {"finetuning": {"wall": 80.0}},
         "config": {
@@ -42,7 +43,7 @@ def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...],
             "matched": more.get("matched", False),
             "pretrained": more.get("pretrained"),
             "task": {"arch": arch, "dataset": dataset, "seed": more.get("seed", 0)},
-            "method": {"held_out": 1000} if label == "RiFT" else {},
+            "method": {"held_out": 1000} if label == "RiFT" else {"gamma": 25.0} if label == "AFD" else {},
         },
     }
     folder.mkdir(parents=True)
@@ -73,7 +74,7 @@ def test_a_run_beside_the_paper(tmp_path):
         "46.00 [45.0, 47.0] n=10000; paper 47.40, -1.40",
         "61.00; paper 61.66, -0.66",
     ]
-    (line,) = [line for line in report.table4(runs).splitlines() if line.startswith("| resnet18 | cifar10 |")]
+    (line,) = [line for line in report.table4(runs).splitlines() if line.startswith("| AFD | resnet18 | cifar10 |")]
     assert "85.00" in line and "40.00" in line and "| 45.00; paper 45.83 |" in line
     assert "| resnet18 | cifar10 | own, seed 0 | 94.60 [94.1, 95.0] n=10000; paper 94.60, +0.00 |" in report.table6(
         runs
@@ -97,7 +98,7 @@ def test_other_settings_and_parts_of_a_data_set_are_no_rows_of_the_paper(more, w
     folder = write_run(tmp_path / "small", "AFD", "released", (0.85, 0.52, 0.46), **more)
     runs = read_runs([folder])
     for table in (report.table1(runs), report.table3(runs), report.table4(runs)):
-        assert "85.00" not in table and table.endswith(f"- {folder}: {why}")
+        assert "85.00" not in table and f"- {folder}: {why}" in table
     assert "85.00" in report.results(runs)
 
 
@@ -122,8 +123,44 @@ def test_ablation_and_matched_runs_have_rows_of_their_own(tmp_path):
 
 def test_autoattack_by_evaluation_later_counts(tmp_path):
     folder = write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52))
-    (folder / "evaluation-autoattack.json").write_text(json.dumps({"autoattack": figure(0.47, 1000)}))
+    (folder / "evaluation-autoattack.json").write_text(
+        json.dumps({"dataset": "cifar10", "autoattack": figure(0.47, 1000)})
+    )
     assert row(report.table1(read_runs([folder])), "AFD")[3].startswith("47.00 [43.9, 50.1] n=1000; paper 47.40")
+    whole = write_run(tmp_path / "whole", "AFD", "released", (0.85, 0.52, 0.46))
+    for dataset, n, expected in (("cifar10", 1000, 0.46), ("cifar100", 10_000, 0.46), ("cifar10", 10_000, 0.47)):
+        (whole / "evaluation-autoattack.json").write_text(
+            json.dumps({"dataset": dataset, "autoattack": figure(0.47, n)})
+        )
+        (run,) = read_runs([whole])
+        assert run.trained["autoattack"]["accuracy"] == expected  # of more images, and of the run's own
+
+
+def test_only_seeds_are_averaged(tmp_path):
+    """Sweeps, other starts, other recipes and a seed that ran twice are no seeds of the published row."""
+    write_run(tmp_path / "released-seed0", "AFD", "released", (0.80, 0.5, 0.4))
+    write_run(tmp_path / "again", "AFD", "released", (0.80, 0.5, 0.4))
+    write_run(tmp_path / "gamma-25-seed0", "AFD", "released", (0.10, 0.5, 0.4))
+    write_run(tmp_path / "digits", "AFD", "digits", (0.20, 0.5, 0.4))
+    write_run(tmp_path / "paper", "AFD", "paper", (0.30, 0.5, 0.4))
+    write_run(tmp_path / "example", "AFD", "released", (0.90, 0.5, 0.4), pretrained="example")
+    runs = read_runs([tmp_path, tmp_path / "again"])
+    assert len(runs) == 6
+    table = report.table1(runs)
+    assert row(table, "AFD")[1].startswith("80.00 [") and row(table, "AFD, from example")[1].startswith("90.00 [")
+    assert row(table, "AFD (paper)")[1].startswith("30.00 [") and row(table, "AFD (digits)")[1].startswith("20.00 [")
+    for name in ("gamma-25-seed0: of a sweep", "released-seed0: of a network"):  # `again` is the first of seed 0
+        assert f"- {tmp_path}/{name}" in table
+    for of_paper in (report.table3(runs), report.table4(runs)):
+        assert "30.00" in of_paper and "10.00 [" not in of_paper
+
+
+def test_unfinished_folders_are_passed_over(tmp_path):
+    folder = write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52, 0.46))
+    (tmp_path / "begun").mkdir()
+    assert [run.folder for run in read_runs([folder, tmp_path / "begun", folder])] == [folder]
+    with pytest.raises(UsageError, match=r"no finished run in .*begun"):
+        read_runs([tmp_path / "begun"])
 
 
 def test_figures_of_the_paper_are_what_its_text_says():
