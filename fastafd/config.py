@@ -95,7 +95,9 @@ class TrainConfig:
         0.999, "decay of the weight average, reached as (1+t)/(10+t); 0: no average", number(0, 1)
     )
     pretrained: str | None = setting(
-        None, "natural weights to start from: a file, or 'example'; else they are pre-trained", optional(weights_file)
+        None,
+        "weights to start from: a file, a run folder or 'example'; else natural ones are pre-trained (rift needs some)",
+        optional(weights_file),
     )
     out: Path | None = setting(None, "run folder; default runs/DATE-TIME-DATASET-ARCH-RECIPE", optional(path))
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))

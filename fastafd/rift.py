@@ -5,7 +5,8 @@
     3. a mixture of both models' weights: the most clean accuracy that costs no robustness to speak of
 
 Read from microsoft/robustlearn, RiFT/main.py and utils.py. There module and mixture are chosen on test images; here on
-training images that are held out, and the fine-tuned model is that of the last epoch.
+training images that are held out of the fine-tuning (the robust model may have seen them), and the fine-tuned model is
+that of the last epoch.
 """
 
 from __future__ import annotations
@@ -115,6 +116,6 @@ def choose_mixture(
             found[name] = float(correct.double().mean())
         rows.append(found)
     fit = [row for row in rows if row["robust"] >= rows[0]["robust"] - drop - 1e-9]
-    best = max(fit, key=lambda row: row["clean"])["share"]
+    best = max(fit, key=lambda row: (row["clean"], row["share"]))["share"]  # of equals the one that is tuned most
     net.load_state_dict(mix(robust.state_dict(), tuned.state_dict(), best))
     return net, rows, best

@@ -338,7 +338,7 @@ def test_mixing_is_its_transcription():
 def test_mixture_is_the_best_on_clean_images_that_loses_no_robustness(monkeypatch):
     from fastafd import rift
 
-    of_share = {0.0: (0.5, 0.40), 0.1: (0.6, 0.41), 0.2: (0.7, 0.40), 0.3: (0.8, 0.38), 1.0: (0.9, 0.1)}
+    of_share = {0.0: (0.5, 0.40), 0.1: (0.7, 0.41), 0.2: (0.7, 0.40), 0.3: (0.8, 0.38), 1.0: (0.9, 0.1)}
     seen = []
 
     def accuracy(net, x, y, attack, *_):

@@ -42,6 +42,16 @@ def test_tables_of_speed_are_the_committed_measurements(page, name):
     assert f"<!-- {name}: python -m {of.__name__} -->\n{rows}\n\n{of.about(found)}\n<!-- end of {name} -->" in page
 
 
+def test_table_of_methods_is_the_committed_runs():
+    from fastafd.report import results
+    from fastafd.runs import read_runs
+
+    rows = results(read_runs([ROOT / "benchmarks" / "results" / "methods-digits"]))
+    command = "python -m fastafd.report results benchmarks/results/methods-digits"
+    block = f"<!-- methods-digits: {command} -->\n{rows}\n<!-- end of methods-digits -->"
+    assert block in (ROOT / "docs" / "methods.md").read_text()
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
