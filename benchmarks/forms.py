@@ -18,14 +18,15 @@ import fastafd.data.augment
 import fastafd.methods.afd
 from benchmarks import plain
 from fastafd.afd_step import AFDStep
-from fastafd.attacks import PGD, input_gradient
+from fastafd.attacks import input_gradient
 from fastafd.config import TrainConfig
+from fastafd.console import Console
 from fastafd.data import Augment, Loader
-from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep
+from fastafd.fine_tuning import step_of
 from fastafd.kernels.afd_loss import AFDLoss
 from fastafd.kernels.attack_head import attack_head_reference
-from fastafd.methods import ATAS, FreeAT, GradAlign, Natural, RiFT
-from fastafd.models import build_model, disentangle, split
+from fastafd.methods import ATAS, Natural
+from fastafd.models import build_model, disentangle
 from fastafd.optim import make_sgd
 from fastafd.recipes import AFD_ATTACK, afkd, arrest, atas, fgsm_ga, free_at, pgd_at, released, rift, trades, vaft
 from fastafd.step import TrainStep
@@ -53,30 +54,15 @@ def method_step(net: nn.Module, config: TrainConfig, loader: Loader, amp: str) -
 
     RiFT's fine-tunes the middle convolution. ATAS's begins in the first epoch of adaptive step sizes.
     """
-    method, attack, decay = config.method, config.attack, config.sgd.weight_decay
-    around: dict[str, Any] = {"ema_decay": config.ema_decay, "amp": amp, "engine": "fast"}
-    around["augment"] = Augment(4, True, 0)
-    if isinstance(method, RiFT):
-        net = copy.deepcopy(net).requires_grad_(False)
-        convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-        convolutions[(len(convolutions) - 1) // 2].requires_grad_()  # of a ResNet-18 layer2.1.conv2
-        return TrainStep(net, make_sgd(net, 1e-3, 0.9, decay), method, **around)
-    if isinstance(method, Natural):
+    if type(config.method) is Natural:  # RiFT is one too
         return our_step(net, "natural", amp, "fast")
-    model = disentangle(net) if method.disentangled else split(net)
-    optimizer = make_sgd(model, 1e-3, 0.9, decay, config.d2_weight_decay)
-    around["teacher"] = net if method.begins == "natural" else None
-    if isinstance(method, FreeAT):
-        return FreeStep(model, optimizer, method, ball=attack, **around)
-    if isinstance(method, GradAlign):
-        return GradAlignStep(model, optimizer, method, ball=attack, **around)
-    if isinstance(method, ATAS):
-        step = ATASStep(model, optimizer, method, ball=attack, loader=loader, epochs=config.sgd.epochs, **around)
-        step.steps = method.warm_up * len(loader)
-        return step
-    assert isinstance(attack, PGD)
-    around |= {"attack": attack, "attack_bn": config.attack_bn, "per_epoch": len(loader)}
-    return TrainStep(model, optimizer, method, **around)
+    task, sgd = replace(config.task, amp=amp, engine="fast"), replace(config.sgd, lr=1e-3)
+    convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    middle = convolutions[(len(convolutions) - 1) // 2]  # of a ResNet-18 layer2.1.conv2
+    step = step_of(replace(config, task=task, sgd=sgd), net, loader, Augment(4, True, 0), Console(), middle)
+    if isinstance(config.method, ATAS):
+        step.steps = config.method.warm_up * len(loader)
+    return step
 
 
 def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_suite, table
-from benchmarks.parts import NotNow, Part, arguments, earlier, python, run
+from benchmarks.parts import ROOT, NotNow, Part, arguments, earlier, python, run
 from fastafd.checkpoint import load_model_about
 from fastafd.files import as_json, save_text
 from fastafd.runs import Run
@@ -130,8 +130,10 @@ def collect(out: Path) -> None:
             continue
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         log = "[\n" + ",\n".join(lines) + "\n]"
-        text = as_json({"run": folder.name, **found, "log": "LINES"})
-        save_text(out / f"{folder.name}.json", text.replace('"LINES"', log) + "\n")
+        text = as_json({"run": folder.name, **found, "log": "LINES"}).replace('"LINES"', log)
+        for path, word in ((out, "DIR"), (ROOT, "."), (Path.home(), "~")):  # the file may be committed
+            text = text.replace(str(path), word)
+        save_text(out / f"{folder.name}.json", text + "\n")
 
 
 def main(argv: list[str]) -> int:

@@ -12,9 +12,7 @@ model.safetensors (merged), samples.npz (for reports) and result.json.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import platform
 import sys
 import time
@@ -22,7 +20,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastafd import cli
@@ -30,21 +27,18 @@ from fastafd.attacks import PGD
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
-from fastafd.data import Augment, Dataset, Loader, Split, load_dataset
+from fastafd.data import Dataset, Split, load_dataset
 from fastafd.engine import engine_of, resolve_amp, resolve_device
-from fastafd.evaluate import ATTACKS, evaluate, provenance, show, true_fp32
-from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
+from fastafd.evaluate import ATTACKS, evaluate, provenance, show
 from fastafd.files import as_json, save_text
-from fastafd.loop import fit
-from fastafd.methods import ATAS, FreeAT, GradAlign, RiFT
-from fastafd.models import Disentangled, SplitNet, check_model, disentangle, split
-from fastafd.optim import make_sgd
+from fastafd.fine_tuning import rift_by, train_by
+from fastafd.methods import RiFT
+from fastafd.models import Disentangled, check_model
 from fastafd.pretrain import about, fresh_model, given_model, loader_of, pretrain
 from fastafd.recipes import find_recipe, matched
-from fastafd.rift import attacked_images, choose_mixture, criticality, hold_out
+from fastafd.rift import hold_out
 from fastafd.samples import save_samples
 from fastafd.settings import UsageError
-from fastafd.step import TrainStep
 
 
 def main(argv: list[str]) -> None:
@@ -184,110 +178,6 @@ def start_of(
             " such as the run folder of recipe pgd_at"
         )
     return None
-
-
-def train_by(
-    config: TrainConfig, start: nn.Module, loader: Loader, dataset: Dataset, folder: Path, console: Console
-) -> tuple[SplitNet, dict[str, float]]:
-    """Train `start` by the config's method: the average that is evaluated, seconds by phase."""
-    task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
-    torch.manual_seed(task.seed)  # for networks that draw in their forward; all else has generators of its own
-    model = disentangle(start) if method.disentangled else split(start)
-    optimizer = make_sgd(model, sgd.lr, sgd.momentum, sgd.weight_decay, config.d2_weight_decay)
-    around: dict[str, Any] = {
-        "teacher": start if method.begins == "natural" else None,
-        "ema_decay": config.ema_decay,
-        "amp": task.amp,
-        "engine": task.engine,
-        "augment": Augment(dataset.padding, dataset.flip, task.seed),
-        "seed": task.seed,
-        "console": console,
-    }
-    step: TrainStep
-    if isinstance(method, FreeAT):
-        loader = Replayed(loader, method.replays)
-        step = FreeStep(model, optimizer, method, ball=attack, **around)
-    elif isinstance(method, GradAlign):
-        step = GradAlignStep(model, optimizer, method, ball=attack, **around)
-    elif isinstance(method, ATAS):
-        step = ATASStep(model, optimizer, method, ball=attack, loader=loader, epochs=sgd.epochs, **around)
-    else:
-        assert isinstance(attack, PGD)
-        around |= {"attack": attack, "attack_bn": config.attack_bn, "per_epoch": len(loader)}
-        step = TrainStep(model, optimizer, method, **around)
-    seconds = fit(
-        step,
-        loader,
-        sgd,
-        folder,
-        console,
-        label=method.label,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        identity=dataset.train.identity,
-    )
-    tuned = step.averaged()
-    assert isinstance(tuned, SplitNet)
-    return tuned, seconds
-
-
-def rift_by(
-    config: TrainConfig,
-    robust: nn.Module,
-    held: Split,
-    loader: Loader,
-    dataset: Dataset,
-    folder: Path,
-    console: Console,
-) -> tuple[SplitNet, dict[str, float], dict[str, Any]]:
-    """RiFT from `robust`: the mixture, seconds by phase, what was chosen on the held-out images and why."""
-    task, sgd, method, attack = config.task, config.sgd, config.method, config.attack
-    assert isinstance(method, RiFT) and isinstance(attack, PGD)
-    began = time.monotonic()
-    chosen = folder / "criticality.json"
-    if not chosen.exists():
-        with true_fp32():
-            x_adv, y = attacked_images(robust, held, attack, sgd.batch_size, task.seed)
-            radius, climbs = method.radius, method.climbs
-            rises = criticality(robust, x_adv, y, radius=radius, climbs=climbs, batch_size=512, console=console)
-        save_text(chosen, as_json({"criticality": rises, "seconds": time.monotonic() - began}))
-    found = json.loads(chosen.read_text())
-    of_each: dict[str, float] = found["criticality"]
-    module = min(of_each, key=lambda name: of_each[name])
-    console.line(f"RiFT: {module} is the least critical of {len(of_each)} modules")
-
-    net = copy.deepcopy(robust).requires_grad_(False)
-    net.get_submodule(module).requires_grad_()
-    step = TrainStep(
-        net,
-        make_sgd(net, sgd.lr, sgd.momentum, sgd.weight_decay),
-        method,
-        ema_decay=config.ema_decay,
-        amp=task.amp,
-        engine=task.engine,
-        augment=Augment(dataset.padding, dataset.flip, task.seed),
-        seed=task.seed,
-        console=console,
-    )
-    seconds = fit(
-        step,
-        loader,
-        sgd,
-        folder,
-        console,
-        label=method.label,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        identity=dataset.train.identity,
-    )
-    began = time.monotonic()
-    with true_fp32():
-        drop = method.robust_drop / 100
-        mixed, rows, share = choose_mixture(robust, step.averaged(), held, attack, drop, task.seed, console)
-    console.line(f"RiFT: {share:.1f} of the fine-tuned weights, {1 - share:.1f} of the robust ones")
-    seconds |= {"criticality": found["seconds"], "mixing": time.monotonic() - began}
-    seconds["wall"] += seconds["criticality"] + seconds["mixing"]
-    return split(mixed), seconds, {"module": module, "share": share, "mixtures": rows, "criticality": of_each}
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:

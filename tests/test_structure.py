@@ -28,6 +28,7 @@ LAYERS = [
     ["report"],
     ["evaluate"],
     ["pretrain", "rift", "samples"],
+    ["fine_tuning"],
     ["train", "verify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
