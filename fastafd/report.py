@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,14 +170,14 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def rows_for(of_paper: dict[str, tuple[float, float, float]], runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Each of the paper's rows with its runs, and behind it other recipes, conditions and starts of the same method."""
+def rows_for(labels: Iterable[str], runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
+    """(label, row's name, its runs): of each of the paper's rows, then other recipes, conditions and starts of it."""
     found = by_setting(runs)
-    rows = []
-    for label in of_paper:
-        rows.append((label, found.get(label, [])))
-        rows += [(name, same) for name, same in found.items() if name.startswith((f"{label} (", f"{label}, from"))]
-    return rows
+    for label in labels:
+        yield label, label, found.get(label, [])
+        for name, same in found.items():
+            if name.startswith((f"{label} (", f"{label}, from")):
+                yield label, name, same
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -208,8 +208,7 @@ def accuracy_table(arch: str, runs: Sequence[Run]) -> str:
     for dataset, of_paper in ACCURACY[arch].items():
         ours = [run for run in runs if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
         rows = []
-        for name, same in rows_for(of_paper, ours):
-            label = next(label for label in of_paper if name == label or name.startswith((f"{label} (", f"{label},")))
+        for label, name, same in rows_for(of_paper, ours):
             rows.append([name, *cells(same, of_paper[label])])
             used += same
         parts.append(f"{arch}, {dataset}\n\n" + markdown(["method", *HEAD], rows))
@@ -228,8 +227,7 @@ def table3(runs: Sequence[Run]) -> str:
     """The ablation. D1 stays in +D and +A, so that only the losses differ."""
     ours = [run for run in runs if (run.arch, run.dataset) == ("resnet18", "cifar10") and fits(run)]
     rows, used = [], []
-    for name, same in rows_for(ABLATION, ours):
-        label = next(label for label in ABLATION if name == label or name.startswith((f"{label} (", f"{label},")))
+    for label, name, same in rows_for(ABLATION, ours):
         rows.append([name, *cells(same, ABLATION[label])])
         used += same
     return markdown(["method", *HEAD], rows) + left_out(runs, used)
@@ -240,7 +238,7 @@ def table4(runs: Sequence[Run]) -> str:
     rows, used = [], []
     for (arch, dataset), (of_f1, of_f2) in FEATURES.items():
         ours = [run for run in runs if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
-        for name, same in rows_for({"AFD": (0.0, 0.0, 0.0)}, [run for run in ours if run.confused is not None]):
+        for _, name, same in rows_for(["AFD"], [run for run in ours if run.confused is not None]):
             f1 = [run.trained["clean"] for run in same]
             f2 = [run.confused["clean"] for run in same if run.confused is not None]
             gaps = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(f1, f2, strict=True)]

@@ -80,11 +80,6 @@ class Run:
         """The figures of its f2, where it is disentangled."""
         return self.result["models"].get(f"{self.result['label']}, f2")
 
-    @property
-    def before(self) -> dict[str, Any] | None:
-        """The figures of the model that it began with."""
-        return self.result["models"].get("natural") or self.result["models"].get("robust")
-
     @cached_property
     def log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
