@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastafd.charts import line_chart
 from fastafd.figures import CAPTIONS
 from fastafd.files import save_text
 from fastafd.runs import Run
@@ -36,6 +38,7 @@ PARTS = {
 }
 PHASES = ("pre-training", *dict.fromkeys(PARTS.values()), "other", "evaluation")
 FLAT = ("task", "method", "sgd")  # parts of a config whose settings go by their own names
+CSS = files("fastafd").joinpath("page.css").read_text()
 IN_PIXELS = ("eps", "step_size", "step_low", "step_high")  # settings that are written as 8/255
 
 
@@ -249,64 +252,10 @@ def _curves(run: Run) -> str:
 
     accuracies = {"clean": points("clean_accuracy", 100), "adversarial": points("adversarial_accuracy", 100)}
     charts = [
-        _chart("accuracy of training batches, %", {name: found for name, found in accuracies.items() if found}, 100),
-        _chart("loss", {"loss": points("loss")}),
+        line_chart("accuracy of training batches, %", {name: line for name, line in accuracies.items() if line}, 100),
+        line_chart("loss", {"loss": points("loss")}),
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], top: float | None = None) -> str:
-    """Lines against the step, as inline SVG; from zero, or below it where values are, to `top` or the highest value."""
-    found = [point for points in lines.values() for point in points]
-    if not found:
-        return ""
-    ups = _ticks(min(0.0, *(y for _, y in found)), top or max(y for _, y in found))
-    end = max(x for x, _ in found)
-    alongs = [tick for tick in _ticks(0.0, end) if tick <= end]
-    left, right, head, foot, width, height = 42, 350, 28, 190, 360, 226
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        up = (y - ups[0]) / (ups[-1] - ups[0])
-        return left + x / end * (right - left), foot - up * (foot - head)
-
-    drawn = []
-    for tick in ups:
-        y = at(0, tick)[1]
-        drawn.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in alongs:
-        drawn.append(f'<text x="{at(tick, 0)[0]:.1f}" y="{foot + 16}" text-anchor="middle">{tick:g}</text>')
-    drawn.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>')
-    for index, (name, points) in enumerate(lines.items()):
-        places = [at(x, y) for x, y in points]
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        drawn.append(f'<polyline class="line{index}" points="{way}"/>')
-        x = left + 110 * index
-        drawn.append(f'<path class="line{index}" d="M{x} 10h24"/><text x="{x + 30}" y="14">{escape(name)}</text>')
-        if len(points) <= 60:
-            drawn += [_mark(index, *place) for place in places]
-        drawn.append(_mark(index, x + 12, 10))
-    last = ", ".join(f"{name} at the end {points[-1][1]:.3g}" for name, points in lines.items())
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)} by step: {escape(last)}">'
-        f"{''.join(drawn)}</svg></figure>"
-    )
-
-
-def _mark(index: int, x: float, y: float) -> str:
-    """A circle for the first line, a square for the second."""
-    if index == 0:
-        return f'<circle class="mark0" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
-    return f'<rect class="mark1" x="{x - 2.5:.1f}" y="{y - 2.5:.1f}" width="5" height="5"/>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to six round numbers from one at most `low` to one at least `high`."""
-    span = (high - low) or 1.0
-    power = 10 ** math.floor(math.log10(span))
-    step = next(power * factor for factor in (0.2, 0.5, 1, 2) if span / (power * factor) <= 5)
-    return [step * count for count in range(math.floor(low / step), math.ceil((low + span) / step) + 1)]
 
 
 def _examples(run: Run) -> str:
@@ -385,84 +334,3 @@ def _shown(name: str, value: Any) -> str:
     ):
         return f"{round(255 * value)}/255"
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-
-
-CSS = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #59636e; --line: #d1d9e0; --panel: #f6f8fa;
-  --line0: #0072b2; --line1: #d55e00; --mark: #fff3c4; --wrong: #b3401a; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171c; --text: #e6e9ee; --soft: #a3adba; --line: #3a424d;
-  --panel: #1d2229; --line0: #56b4e9; --line1: #e69f00; --mark: #4d3f0b; --wrong: #ff9d73; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-h1, h2, h3, p, dd, li { overflow-wrap: anywhere; }
-header p, figcaption, small, summary { color: var(--soft); }
-figcaption { font-size: .875rem; max-width: 45rem; }
-a { color: var(--line0); }
-nav ol { columns: 18rem; list-style-position: inside; padding: 0; margin: 0; }
-nav li { break-inside: avoid; }
-figure { margin: 0 0 2rem; }
-code { font: .9em ui-monospace, monospace; }
-mark { background: var(--mark); color: inherit; font-size: .8em; padding: .1em .4em; border-radius: .2em; }
-.scroll { overflow-x: auto; margin: .5rem 0 1rem; }
-.paper { background: #fff; border: 1px solid var(--line); border-radius: .3rem; padding: .75rem; }
-.paper img { display: block; max-width: none; margin: 0 auto; zoom: 1.25; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; }
-tbody th { font-weight: 400; min-width: 7rem; }
-td { min-width: 4.5rem; }
-td:last-child:not(.right) { min-width: 12rem; }
-.right { text-align: right; }
-td small { white-space: nowrap; }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; margin: .5rem 0; list-style: none;
-  font-size: .875rem; }
-.swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; vertical-align: -.05rem; }
-.bars { display: grid; gap: .4rem; margin: .75rem 0 1.5rem; }
-.run { display: grid; grid-template-columns: 16rem 1fr; gap: 0 1rem; align-items: center; font-size: .875rem; }
-.bar { display: flex; height: 1.1rem; }
-.bar span { flex: none; border-right: 1px solid var(--back); }
-.swatch, .bar span { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.p0 { background: #999; } .p1 { background: #e69f00; } .p2 { background: #d55e00; } .p3 { background: #56b4e9; }
-.p4 { background: #0072b2; } .p5 { background: #009e73; } .p6 { background: #cc79a7; } .p7 { background: #882255; }
-.p8 { background: #f0e442; } .p9 { background: #6b7280; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; }
-.charts figure { margin-bottom: .5rem; }
-.charts figcaption { text-align: center; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.grid { stroke: var(--line); stroke-width: 1; fill: none; }
-.line0, .line1 { fill: none; stroke: var(--line0); stroke-width: 1.5; }
-.line1 { stroke: var(--line1); }
-.mark0 { fill: var(--line0); }
-.mark1 { fill: var(--line1); }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: .75rem;
-  padding: 0; list-style: none; }
-.examples li { background: var(--panel); border-radius: .3rem; padding: .5rem .75rem; break-inside: avoid; }
-.examples p { margin: 0 0 .25rem; font-weight: 600; }
-.examples li > div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; }
-.examples img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; }
-.examples span { font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
-.examples .wrong span { color: var(--wrong); font-weight: 600; }
-summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .25rem 1.5rem; margin: 0;
-  font-size: .875rem; }
-dl div { display: flex; gap: .5rem; }
-dt { color: var(--soft); }
-dd { margin: 0; }
-@media (max-width: 40rem) { .run { grid-template-columns: 1fr; } body { padding: .5rem .9rem 3rem; } }
-@media print {
-  :root { --back: #fff; --text: #000; --soft: #444; --line: #bbb; --panel: #fff; --line0: #0072b2; --line1: #d55e00;
-    --mark: #eee; --wrong: #b3401a; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  .scroll { overflow: visible; }
-  .paper { border: 0; padding: 0; }
-  .paper img { max-width: 100%; zoom: 1; }
-  figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-}
-"""

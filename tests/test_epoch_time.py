@@ -74,7 +74,7 @@ def test_an_afd_step_is_24_forward_passes(arch, forward):
 
 
 def test_rows_and_table():
-    from benchmarks import epoch_time
+    from benchmarks import epoch_tables, epoch_time
 
     measured = {"first_call_s": 1.0, "peak_bytes": 2**30}
     forms = {"paper-style": {"step_s": [0.2, 0.4]}, "fast": {"step_s": [0.1, 0.2]}}
@@ -82,14 +82,14 @@ def test_rows_and_table():
     paper, fast = epoch_time.rows_of("resnet18", "natural", found, 128, product=1e15)
     assert paper["epoch_s"] == pytest.approx(0.3 * 390) and fast["times_paper_style"] == pytest.approx(2.0)
     assert fast["images_s"] == pytest.approx(128 / 0.15)
-    lines = epoch_time.table({"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}).splitlines()
+    lines = epoch_tables.table({"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}).splitlines()
     assert lines[0].count("|") == lines[3].count("|") and "| fast | 58.50 | 39.00 to 78.00 | 2.00 |" in lines[3]
     assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)
 
 
 def test_totals_begin_with_what_a_method_begins_with():
     """Seconds a step that make the epochs those of the paper give its totals, but for what it rounded."""
-    from benchmarks import epoch_time
+    from benchmarks import epoch_tables, epoch_time
     from benchmarks.forms import METHODS
     from fastafd.paper import TABLE5
 
@@ -103,14 +103,14 @@ def test_totals_begin_with_what_a_method_begins_with():
     for row, (_, epoch, total) in zip(rows, TABLE5.values(), strict=True):
         assert row["epoch_s"] == pytest.approx(epoch) == row["fastest_s"] == row["slowest_s"]
         assert row["total_s"] == pytest.approx(total, rel=0.02)
-    lines = epoch_time.methods_table({"methods": rows}).splitlines()
+    lines = epoch_tables.methods_table({"methods": rows}).splitlines()
     assert lines[-1] == "| resnet18 | AFD | fast | 20 | 46.00 | 46.00 to 46.00 | 1520 | 46 | 1510 |"
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 11
 
 
 def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
     """The fast engine's parts run uncompiled: compiling seven steps takes minutes on a CPU."""
-    from benchmarks import epoch_time
+    from benchmarks import epoch_tables, epoch_time
     from benchmarks.forms import METHODS
     from fastafd.paper import TABLE5
 
@@ -133,8 +133,8 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
         *("TRADES", "Free-AT", "FGSM-GA", "ATAS")
     }
     said = capsys.readouterr().out
-    assert said.index(epoch_time.methods_table(found)) > said.index(epoch_time.table(found)) == 0
-    assert epoch_time.about(found) in said and "Methods: " in epoch_time.about(found)
+    assert said.index(epoch_tables.methods_table(found)) > said.index(epoch_tables.table(found)) == 0
+    assert epoch_tables.about(found) in said and "Methods: " in epoch_tables.about(found)
 
 
 def test_steps_of_methods_are_those_of_their_runs(monkeypatch):

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    ["settings", "kernels", "timing", "console", "paper"],
+    ["settings", "kernels", "timing", "console", "paper", "charts"],
     ["files"],
     ["runs"],
     ["figures"],
