@@ -106,10 +106,10 @@ def per_cent(found: Sequence[dict[str, Any]], of_paper: float | None = None) -> 
     return said if of_paper is None else f"{said}; paper {of_paper:.2f}, {mean - of_paper:+.2f}"
 
 
-def average(runs: Sequence[Run], of_paper: Sequence[float] | None = None) -> str:
+def average(models: Sequence[dict[str, Any]], of_paper: Sequence[float] | None = None) -> str:
     """The mean of the three accuracies, where all were measured."""
-    whole = [run for run in runs if all(attack in run.trained for attack in ATTACKS)]
-    means = [100 * statistics.fmean(run.trained[attack]["accuracy"] for attack in ATTACKS) for run in whole]
+    whole = [figures for figures in models if all(attack in figures for attack in ATTACKS)]
+    means = [100 * statistics.fmean(figures[attack]["accuracy"] for attack in ATTACKS) for figures in whole]
     said = "not run" if not means else f"{statistics.fmean(means):.2f}"
     if len(means) > 1:
         said += f" ± {statistics.stdev(means):.2f}"
@@ -119,14 +119,14 @@ def average(runs: Sequence[Run], of_paper: Sequence[float] | None = None) -> str
     return f"{said}; paper {theirs:.2f}" + (f", {statistics.fmean(means) - theirs:+.2f}" if means else "")
 
 
-def cells(runs: Sequence[Run], of_paper: Sequence[float] | None = None) -> list[str]:
-    """Clean, PGD-20, AutoAttack and their average."""
+def cells(models: Sequence[dict[str, Any]], of_paper: Sequence[float] | None = None) -> list[str]:
+    """Clean, PGD-20, AutoAttack and their average, of the figures of one model a seed."""
     theirs: Sequence[float | None] = of_paper or (None, None, None)
     measured = [
-        per_cent([run.trained[attack] for run in runs if attack in run.trained], figure)
+        per_cent([figures[attack] for figures in models if attack in figures], figure)
         for attack, figure in zip(ATTACKS, theirs, strict=True)
     ]
-    return [*measured, average(runs, of_paper)]
+    return [*measured, average(models, of_paper)]
 
 
 # -- which runs ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def rows_for(labels: Iterable[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
 
 
 def results(runs: Sequence[Run]) -> str:
-    """Every run, in the order of the paper's Table 5; those that differ in their seed alone in one row."""
+    """Natural models, then every run in the order of the paper's Table 5; those of other seeds alone in one row."""
     order = [*TABLE5]
     place = {
         run.label: order.index(run.result["label"]) if run.result["label"] in order else len(order) for run in runs
@@ -193,13 +193,43 @@ def results(runs: Sequence[Run]) -> str:
     for run in sorted(runs, key=lambda run: (run.dataset, run.arch, place[run.label], run.label, run.seed)):
         own = ", ".join(settings(run) + ([f"pretrained {run.origin}"] if run.origin else []))
         groups.setdefault((run.dataset, run.arch, run.label, own, run.result["amp"]), []).append(run)
-    rows = []
+    rows: list[list[str]] = []
+    of_networks = set()
     for (dataset, arch, label, own, _), same in groups.items():
-        seconds = statistics.fmean(run.result["seconds"]["finetuning"]["wall"] for run in same)
-        images = f"{dataset}, {same[0].result['dataset']['train']} images"
+        if (dataset, arch) not in of_networks:
+            of_networks.add((dataset, arch))
+            rows += natural_rows([run for run in runs if (run.dataset, run.arch) == (dataset, arch)])
         (chosen,) = by_setting(same).values()
-        rows.append([label, arch, images, *cells(chosen), f"{seconds:.0f}", own])
+        measured = cells([run.trained for run in chosen])
+        rows.append([label, arch, images(same[0]), *measured, seconds_of(same, "finetuning"), own])
     return markdown(["method", "network", "data", *HEAD, "s of training", "not as in its recipe"], rows)
+
+
+def images(run: Run) -> str:
+    return f"{run.dataset}, {run.result['dataset']['train']} images"
+
+
+def natural_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Of the natural models that these runs of a network began with: one of each seed, or the given weights."""
+    groups: dict[tuple[str, str], dict[int, Run]] = {}
+    for run in runs:
+        if "natural" in run.result["models"]:
+            own = ", ".join(said.removeprefix("pretrain.") for said in settings(run) if said.startswith("pretrain."))
+            how, seed = (f"pretrained {run.origin}", 0) if run.origin else (own, run.seed)
+            groups.setdefault((how, run.result["amp"]), {}).setdefault(seed, run)
+    rows = []
+    for (how, _), of_seeds in sorted(groups.items()):
+        same = [*of_seeds.values()]
+        measured = cells([run.result["models"]["natural"] for run in same])
+        rows.append(["Natural", same[0].arch, images(same[0]), *measured, seconds_of(same, "pretraining"), how])
+    return rows
+
+
+def seconds_of(runs: Sequence[Run], part: str) -> str:
+    """The mean of the runs' seconds, of which those of given weights are not known."""
+    spent = [run.result["seconds"][part] for run in runs]
+    known = [found["wall"] if isinstance(found, dict) else found for found in spent if found is not None]
+    return f"{statistics.fmean(known):.0f}" if known else "not known"
 
 
 def accuracy_table(arch: str, runs: Sequence[Run]) -> str:
@@ -209,7 +239,7 @@ def accuracy_table(arch: str, runs: Sequence[Run]) -> str:
         ours = [run for run in runs if (run.arch, run.dataset) == (arch, dataset) and fits(run)]
         rows = []
         for label, name, same in rows_for(of_paper, ours):
-            rows.append([name, *cells(same, of_paper[label])])
+            rows.append([name, *cells([run.trained for run in same], of_paper[label])])
             used += same
         parts.append(f"{arch}, {dataset}\n\n" + markdown(["method", *HEAD], rows))
     return "\n\n".join(parts) + left_out(runs, used)
@@ -228,7 +258,7 @@ def table3(runs: Sequence[Run]) -> str:
     ours = [run for run in runs if (run.arch, run.dataset) == ("resnet18", "cifar10") and fits(run)]
     rows, used = [], []
     for label, name, same in rows_for(ABLATION, ours):
-        rows.append([name, *cells(same, ABLATION[label])])
+        rows.append([name, *cells([run.trained for run in same], ABLATION[label])])
         used += same
     return markdown(["method", *HEAD], rows) + left_out(runs, used)
 

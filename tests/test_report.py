@@ -27,7 +27,7 @@ def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...],
     attacks = dict(zip(("clean", "pgd20", "autoattack"), map(figure, figures)))
     models = {label: attacks}
     if more.get("begins", "natural") == "natural":
-        models["natural"] = {"clean": figure(0.946), "pgd20": figure(0.0)}
+        models["natural"] = {"clean": figure(more.get("natural", 0.946)), "pgd20": figure(0.0)}
     if label == "AFD":
         models["AFD, f2"] = {"clean": figure(0.4)}
     result = {
@@ -37,7 +37,7 @@ def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...],
         "changed": more.get("changed", {}),
         "amp": "fp32",
         "parameters": {"model": 11_173_962, "training": 11_173_962 + (2 * 512**2 if label == "AFD" else 0)},
-        "seconds": {"finetuning": {"wall": 80.0}},
+        "seconds": {"finetuning": {"wall": 80.0}, "pretraining": None if more.get("pretrained") else 40.0},
         "config": {
             "recipe": recipe,
             "matched": more.get("matched", False),
@@ -88,6 +88,25 @@ def test_seeds_are_one_row_of_mean_and_deviation(tmp_path):
     runs = read_runs([tmp_path])
     assert row(report.table1(runs), "AFD")[1] == "85.00 ± 1.00 of 3 seeds, n=10000; paper 84.88, +0.12"
     assert row(report.results(runs), "AFD")[6] == "58.33 ± 0.33" and report.results(runs).count("| AFD |") == 1
+
+
+def test_natural_models_that_runs_began_with(tmp_path):
+    """A seed's counts once, however many runs began with it; given weights, and other networks, have their own row."""
+    for seed, natural in enumerate((0.94, 0.96)):
+        write_run(tmp_path / f"afd-{seed}", "AFD", "released", (0.85, 0.5, 0.4), seed=seed, natural=natural)
+    short = {"changed": {"epochs": 2}, "natural": 0.94}
+    write_run(tmp_path / "vaft", "vAFT", "vaft", (0.85, 0.5, 0.4), **short)
+    write_run(tmp_path / "given", "AFD", "released", (0.85, 0.5, 0.4), pretrained="runs/example", natural=0.93)
+    write_run(tmp_path / "pgd_at", "PGD-AT", "pgd_at", (0.85, 0.5, 0.4), begins="scratch")
+    write_run(tmp_path / "wide", "AFD", "released", (0.85, 0.5, 0.4), arch="wrn34_10", natural=0.97)
+    lines = report.results(read_runs([tmp_path])).splitlines()
+    found = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Natural |")]
+    assert [(line[1], line[3][:12], *line[7:]) for line in found] == [
+        ("resnet18", "95.00 ± 1.41", "40"),
+        ("resnet18", "93.00 [92.5,", "not known", "pretrained example"),
+        ("wrn34_10", "97.00 [96.6,", "40"),
+    ]
+    assert [line.startswith("| Natural |") for line in lines[2:]].index(True) == 0
 
 
 @pytest.mark.parametrize(
