@@ -254,9 +254,9 @@ def _methods(runs: Sequence[Run]) -> Sequence[Run]:
 
 
 def _by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, by what a legend calls them: AFD first, then the others as they came."""
+    """Runs that differ in their seed alone, by what a legend calls them: AFD first, then the others as in Table 5."""
     found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (not run.label.startswith("AFD"), run.seed)):
+    for run in sorted(runs, key=lambda run: (not run.label.startswith("AFD"), run.place, run.seed)):
         told = [run.label]
         told += [run.arch] * (len({other.arch for other in runs}) > 1)
         told += [run.dataset] * (len({other.dataset for other in runs}) > 1)

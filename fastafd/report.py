@@ -23,7 +23,7 @@ from typing import Any
 
 from fastafd import cli, figures
 from fastafd.page import write_page
-from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED, TABLE5
+from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED
 from fastafd.runs import Run, read_runs
 from fastafd.settings import UsageError, check, path, setting, unknown
 
@@ -185,12 +185,8 @@ def rows_for(labels: Iterable[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
 
 def results(runs: Sequence[Run]) -> str:
     """Natural models, then every run in the order of the paper's Table 5; those of other seeds alone in one row."""
-    order = [*TABLE5]
-    place = {
-        run.label: order.index(run.result["label"]) if run.result["label"] in order else len(order) for run in runs
-    }
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.dataset, run.arch, place[run.label], run.label, run.seed)):
+    for run in sorted(runs, key=lambda run: (run.dataset, run.arch, run.place, run.seed)):
         own = ", ".join(settings(run) + ([f"pretrained {run.origin}"] if run.origin else []))
         groups.setdefault((run.dataset, run.arch, run.label, own, run.result["amp"]), []).append(run)
     rows: list[list[str]] = []

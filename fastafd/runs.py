@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastafd.paper import TABLE5
 from fastafd.settings import UsageError
 
 
@@ -33,6 +34,13 @@ class Run:
         if named is None:
             named = f"AFD ({recipe})" if label == "AFD" else label
         return named + (" (matched)" if self.config["matched"] else "")
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """What sorts labels as the paper's Table 5 does, and those of one method by name."""
+        order = [*TABLE5]
+        method = self.result["label"]
+        return order.index(method) if method in order else len(order), self.label
 
     @property
     def origin(self) -> str:
