@@ -85,6 +85,7 @@ def main() -> int:
     device = resolve_device(given.device)
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
     out = given.out or HERE / "results" / f"profile-{name}.json"
+    torch.backends.cudnn.benchmark = True  # for both: cuDNN remembers for a shape whichever came first
     rows = [row for engine in ("reference", "fast") for row in rows_of(engine, given.arch, given.batch, device)]
     found: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     found |= {"arch": given.arch, "batch": given.batch, "rows": rows}

@@ -164,7 +164,7 @@ class Fast:
     def teacher_features(self, x: Tensor) -> Tensor:
         """Beside the attack: on CUDA on a stream of its own, which `loss` waits for."""
         if self.side is not None:
-            self.side.wait_stream(torch.cuda.current_stream())
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
             self._teaching = True
         with torch.cuda.stream(self.side), torch.no_grad(), autocast(self.device, self.amp):
             return self._teacher(x)
@@ -183,10 +183,12 @@ class Fast:
     def join(self) -> None:
         """Let the current stream wait for the teacher."""
         if self.side is not None and self._teaching:
-            torch.cuda.current_stream().wait_stream(self.side)
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
             self._teaching = False
 
     def average(self, weight: float | Tensor) -> None:
+        if isinstance(self._average, Compiled) and not isinstance(weight, Tensor):
+            weight = torch.full((), weight, device=self.device)  # a number would be compiled anew in every step
         if self._average is not None:
             self._average(weight)
 

@@ -53,13 +53,14 @@ class Graphs:
         return outputs
 
     def clear(self) -> None:
-        """Forget the recordings, whose tensors are no longer those in use."""
+        """Forget the recordings, whose tensors are no longer those in use, and that there were warm-ups."""
         self.recorded.clear()
+        self.calls.clear()
         self.pool = torch.cuda.graph_pool_handle()  # the old one ends with its last graph, though tensors may be left
 
     def _aside(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run on the recording stream, between what came before and what comes after."""
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             outputs = self.run(*inputs)
@@ -69,7 +70,7 @@ class Graphs:
     def _record(self, *inputs: Tensor | None) -> Any:
         held = tuple(None if v is None else v.clone() for v in inputs)
         gc.collect()  # a graph that the collector destroyed meanwhile could break this one
-        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        here, graph = torch.cuda.current_stream(self.stream.device), torch.cuda.CUDAGraph()
         try:
             # Of this thread alone: a loader's thread may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):

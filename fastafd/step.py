@@ -96,11 +96,10 @@ class TrainStep:
         self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
         self._fuse()
         if self.device.type == "cuda":
-            if all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
-                self._replay(Graphs(self._recorded, self.device, self.console))
+            if reason := self._unrecordable():
+                self.console.line(f"no CUDA graph: {type(optimizer).__name__} {reason}")
             else:
-                of = type(optimizer).__name__
-                self.console.line(f"no CUDA graph: {of} reads its rate on the host; take SGD, or capturable=True")
+                self._replay(Graphs(self._recorded, self.device, self.console))
 
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
@@ -142,6 +141,10 @@ class TrainStep:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`. UsageError where it is of the other kind of device, whose generators differ."""
+        if ("cuda_rng" in state) != (self.device.type == "cuda"):
+            of = "a GPU" if "cuda_rng" in state else "a CPU"
+            raise UsageError(f"device: got {self.device.type}, and the state to go on from is that of a step on {of}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
@@ -328,10 +331,24 @@ class TrainStep:
 
     def _fuse(self) -> None:
         """Let SGD update all weights in one launch, one that can read its rate from the device."""
-        if type(self.optimizer) is torch.optim.SGD:
-            for group in self.optimizer.param_groups:
-                group |= {"fused": True, "foreach": False}
-            self.optimizer._step_supports_amp_scaling = True
+        if type(self.optimizer) is not torch.optim.SGD:
+            return
+        for group in self.optimizer.param_groups:
+            group |= {"fused": True, "foreach": False}
+            if group["momentum"] and not group["dampening"]:
+                # Zeros now are what the first update would make; one that fp16 skips would leave them unset.
+                for p in group["params"]:
+                    if p.requires_grad and self.optimizer.state[p].get("momentum_buffer") is None:
+                        self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.optimizer._step_supports_amp_scaling = True
+
+    def _unrecordable(self) -> str:
+        """What the optimizer needs the host for in every step, or nothing."""
+        if not all(group.get("capturable", group.get("fused")) for group in self.optimizer.param_groups):
+            return "reads its rate on the host; take SGD, or capturable=True"
+        if self.scaler.is_enabled() and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return "asks the host whether fp16 overflowed; take SGD, or fused=True"
+        return ""
 
 
 def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:

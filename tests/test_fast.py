@@ -261,6 +261,7 @@ class OnTheCPU(Graphs):
 
     def clear(self):
         self.recorded.clear()
+        self.calls.clear()
 
     def _aside(self, *inputs):
         return self.run(*inputs)
@@ -306,12 +307,15 @@ def test_launches_by_graphs_are_the_step(trained):
     replayed.load_state_dict(state)
     plain.load_state_dict(copy.deepcopy(state))
     for step in (plain, replayed):
-        step(*batches(1)[0])
+        for batch in batches(WARM_UPS + 1):
+            step(*batch)
     assert replayed.graphs.replays == 5 and len(replayed.graphs.recorded) == 1
     assert_close(replayed, plain, 1e-5)
     for step in (plain, replayed):  # the optimizer alone, by its user: its tensors are others now
         step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
-        step(*batches(1)[0])
+        for batch in batches(WARM_UPS + 1):
+            step(*batch)
+    assert replayed.graphs.replays == 6
     assert_close(replayed, plain, 1e-5)
 
 
@@ -343,16 +347,57 @@ def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
 def test_the_average_compiled_with_a_tensor_weight():
     """As a GPU runs it; a CPU's fast step takes the average as it is."""
     net = tiny(dtype=torch.float32)
-    averages = [EMA(net, 0.99) for _ in range(2)]
-    with torch.no_grad():
-        for value in (*net.parameters(), *net.buffers()):
-            value.add_(1)
-    weight = averages[0].advance()
-    averages[0].move(weight)
-    Compiled("the average", averages[1].move, Console())(torch.tensor(weight))
-    assert averages[1].module.bn1.num_batches_tracked == 1
-    for a, b in zip(averages[0].module.state_dict().values(), averages[1].module.state_dict().values(), strict=True):
+    step = afd_step(net, "fast")
+    average, live = EMA(step.model, 0.99), [*step.model.parameters(), *step.model.buffers()]
+    step.engine._average = Compiled("the average", step.ema.move, Console())
+    weights = [average.advance() for _ in range(4)]
+    assert len(set(weights)) == 4
+    for index, weight in enumerate(weights):
+        with torch.no_grad():
+            for value in live:
+                value.add_(1)
+        average.move(weight)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            # On CUDA a tensor from a recorded step, a number from one whose optimizer cannot be recorded.
+            step.engine.average(weight if index % 2 else torch.tensor(weight))
+    assert step.ema.module.backbone.bn1.num_batches_tracked == 4
+    for a, b in zip(average.module.state_dict().values(), step.ema.module.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_update_that_fp16_skips_leaves_momentum_as_it_was():
+    step = afd_step(tiny(dtype=torch.float32), "fast", amp="fp16")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)  # every gradient overflows
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step(*batches(1)[0])
+    assert all(torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
+    momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    assert len(momentum) == len(before) and not any(buffer.any() for buffer in momentum)
+
+
+@pytest.mark.parametrize(
+    "build, amp, reason",
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "fp32", ""),
+        (lambda p: torch.optim.SGD(p, 0.1), "fp16", ""),
+        (lambda p: torch.optim.AdamW(p, capturable=True), "fp32", ""),
+        (lambda p: torch.optim.AdamW(p, fused=True, capturable=True), "fp16", ""),
+        (lambda p: torch.optim.AdamW(p), "fp32", "reads its rate on the host"),
+        (lambda p: torch.optim.AdamW(p, fused=True), "fp32", "reads its rate on the host"),
+        (lambda p: torch.optim.AdamW(p, capturable=True), "fp16", "whether fp16 overflowed"),
+    ],
+)
+def test_which_optimizers_a_graph_can_have(build, amp, reason):
+    model = fastafd.disentangle(tiny(dtype=torch.float32))
+    step = TrainStep(model, build(model.parameters()), Natural(), amp=amp, engine="fast")
+    assert reason in step._unrecordable() and bool(reason) == bool(step._unrecordable())
+
+
+def test_a_state_of_another_kind_of_device():
+    step = afd_step(tiny(), "reference")
+    state = step.state_dict() | {"cuda_rng": torch.get_rng_state()}
+    with pytest.raises(UsageError, match="device: got cpu, and the state to go on from is that of a step on a GPU"):
+        step.load_state_dict(state)
 
 
 @pytest.mark.slow
@@ -458,7 +503,8 @@ def test_a_recorded_run_resumes_and_follows_the_learning_rate():
             assert torch.equal(before, step.model.d1.weight) == (index == 2)
     assert_close(first, second, 1e-3)
     first.load_state_dict(copy.deepcopy(first.state_dict()))
-    first(*some[0])
+    for batch in some[: WARM_UPS + 1]:
+        first(*batch)
     assert all(step.graphs.works and len(step.graphs.recorded) == 1 for step in (first, second))
 
 
