@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate as a pure function of the step."""
+"""The optimizer, what the fast engine asks of it, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -34,3 +34,29 @@ def learning_rate(
         return lr * float(np.interp(epoch, np.multiply(starts, epochs), factors))
     begun = [factor for start, factor in schedule if int(epoch) + 1e-9 >= start * epochs]
     return lr * begun[-1]
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let SGD update all weights in one launch, one that can read its rate from the device; others are left alone."""
+    if type(optimizer) is not torch.optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        group |= {"fused": True, "foreach": False}
+        if group["momentum"] and not group["dampening"]:
+            # Zeros now are what the first update would make; one that fp16 skips would leave them unset.
+            for p in group["params"]:
+                if p.requires_grad and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizer._step_supports_amp_scaling = True
+
+
+def needs_host(optimizer: torch.optim.Optimizer, scaled: bool) -> str:
+    """What every step of the optimizer needs the host for, so that no CUDA graph can hold it; or nothing.
+
+    scaled: whether its gradients are (fp16).
+    """
+    if not all(group.get("capturable", group.get("fused")) for group in optimizer.param_groups):
+        return "reads its rate on the host; take SGD, or capturable=True"
+    if scaled and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return "asks the host whether fp16 overflowed; take SGD, or fused=True"
+    return ""

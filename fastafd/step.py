@@ -34,6 +34,7 @@ from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import SplitNet, split
+from fastafd.optim import fuse, needs_host
 from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
@@ -94,9 +95,9 @@ class TrainStep:
             raise UsageError(f"attack_bn: got {attack_bn!r}, takes eval with engine fast; reference has both")
         self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
         self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
-        self._fuse()
+        fuse(self.optimizer)
         if self.device.type == "cuda":
-            if reason := self._unrecordable():
+            if reason := needs_host(optimizer, self.scaler.is_enabled()):
                 self.console.line(f"no CUDA graph: {type(optimizer).__name__} {reason}")
             else:
                 self._replay(Graphs(self._recorded, self.device, self.console))
@@ -159,7 +160,7 @@ class TrainStep:
         if self.augment is not None:
             self.augment.generator.set_state(state["augment"])
         if self.fast:
-            self._fuse()
+            fuse(self.optimizer)
 
     # -- what a step is made of -----------------------------------------------------------------------------------
 
@@ -321,34 +322,13 @@ class TrainStep:
         self._weight.fill_(weight)
         groups = self.optimizer.param_groups
         if self.optimizer.state is not self._state or len(groups) != len(self._rates):  # loaded, or a group added
-            self._fuse()
+            fuse(self.optimizer)
             self.graphs.clear()
             self._state, self._rates = self.optimizer.state, [torch.zeros((), device=self.device) for _ in groups]
         for group, held in zip(self.optimizer.param_groups, self._rates, strict=True):
             if group["lr"] is not held:  # somebody has set it since
                 held.fill_(group["lr"])
                 group["lr"] = held
-
-    def _fuse(self) -> None:
-        """Let SGD update all weights in one launch, one that can read its rate from the device."""
-        if type(self.optimizer) is not torch.optim.SGD:
-            return
-        for group in self.optimizer.param_groups:
-            group |= {"fused": True, "foreach": False}
-            if group["momentum"] and not group["dampening"]:
-                # Zeros now are what the first update would make; one that fp16 skips would leave them unset.
-                for p in group["params"]:
-                    if p.requires_grad and self.optimizer.state[p].get("momentum_buffer") is None:
-                        self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.optimizer._step_supports_amp_scaling = True
-
-    def _unrecordable(self) -> str:
-        """What the optimizer needs the host for in every step, or nothing."""
-        if not all(group.get("capturable", group.get("fused")) for group in self.optimizer.param_groups):
-            return "reads its rate on the host; take SGD, or capturable=True"
-        if self.scaler.is_enabled() and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            return "asks the host whether fp16 overflowed; take SGD, or fused=True"
-        return ""
 
 
 def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The README against the tree: its figures, its commands, its files."""
+"""The README, the notes and the methods' page against the tree: figures, commands, files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import re
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-
-
-NOTES = (ROOT / "benchmarks" / "NOTES.md").read_text()
+README, NOTES, METHODS = ((ROOT / page).read_text() for page in ("README.md", "benchmarks/NOTES.md", "docs/methods.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +39,22 @@ def test_tables_of_speed_are_the_committed_measurements(page, name):
     assert f"<!-- {name}: python -m {of.__name__} -->\n{rows}\n\n{of.about(found)}\n<!-- end of {name} -->" in page
 
 
-def test_table_of_methods_is_the_committed_runs():
+@pytest.mark.parametrize("name", re.findall(r"<!-- end of (methods-.*) -->", METHODS))
+def test_tables_of_methods_are_the_committed_runs(name):
     from fastafd.report import results
     from fastafd.runs import read_runs
 
-    rows = results(read_runs([ROOT / "benchmarks" / "results" / "methods-digits"]))
-    command = "python -m fastafd.report results benchmarks/results/methods-digits"
-    block = f"<!-- methods-digits: {command} -->\n{rows}\n<!-- end of methods-digits -->"
-    assert block in (ROOT / "docs" / "methods.md").read_text()
+    rows = results(read_runs([ROOT / "benchmarks" / "results" / name]))
+    command = f"python -m fastafd.report results benchmarks/results/{name}"
+    assert f"<!-- {name}: {command} -->\n{rows}\n<!-- end of {name} -->" in METHODS
+
+
+def test_seconds_of_methods_are_the_committed_measurement():
+    from benchmarks.epoch_tables import about, methods_table
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "epoch-time-methods-cpu.json").read_text())
+    text = f"{methods_table(found)}\n\n{about(found)}"
+    assert f" -->\n{text}\n<!-- end of epoch-time-methods-cpu -->" in METHODS
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
