@@ -219,7 +219,7 @@ def _run(run: Run) -> str:
     head = ["accuracy, %", *ATTACKS.values()]
     rows = [
         [escape(name), *(_accuracy(figures.get(attack)) for attack in ATTACKS)]
-        for name, figures in result["models"].items()
+        for name, figures in (result["models"] | {result["label"]: run.trained}).items()
     ]
     made = {
         "device": result["device"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -87,6 +88,15 @@ def test_one_run(tmp_path):
     assert re.search(r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00 \[50\.0, 70\.0\] n=100not run", page.text)
     points = [line["points"].count(",") for line in page.all("polyline")]
     assert points == [4, 4, 4]  # clean, adversarial, loss: a point a line of the log
+
+
+def test_autoattack_by_evaluation_later_is_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    found = {"dataset": "digits", "autoattack": {"accuracy": 0.45, "interval": [0.26, 0.66], "n": 20}}
+    (run.folder / "evaluation-autoattack.json").write_text(json.dumps(found))
+    assert re.search(
+        r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00.{0,20}n=10045\.00 \[26\.0, 66\.0\] n=20", page_of(tmp_path, [run]).text
+    )
 
 
 def test_examples_show_what_was_kept(tmp_path):
