@@ -75,7 +75,8 @@ def test_flags_in_the_readme_exist():
         "--help",
     }
     known |= {flag for action in arguments("benchmarks.reproduce", "")._actions for flag in action.option_strings}
-    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "sweep.py").read_text()))
+    for script in ("sweep", "epoch_time"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / f"{script}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z0-9.-]+", README)) <= known
 
 
