@@ -24,7 +24,7 @@ from typing import Any
 from fastafd import cli, figures
 from fastafd.page import write_page
 from fastafd.paper import ABLATION, ACCURACY, FEATURES, PARAMETERS, PRETRAINED
-from fastafd.runs import Run, read_runs
+from fastafd.runs import Run, in_order, read_runs
 from fastafd.settings import UsageError, check, path, setting, unknown
 
 ATTACKS = ("clean", "pgd20", "autoattack")
@@ -80,7 +80,7 @@ def page(runs: Sequence[Run], folder: Path) -> Path:
         except UsageError as error:
             if str(error).startswith("plot"):  # else nothing of that kind was run
                 raise
-    write_page(runs, tables, drawn, folder / "report.html")
+    write_page(in_order(runs), tables, drawn, folder / "report.html")
     return folder / "report.html"
 
 
@@ -186,7 +186,7 @@ def rows_for(labels: Iterable[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
 def results(runs: Sequence[Run]) -> str:
     """Natural models, then every run in the order of the paper's Table 5; those of other seeds alone in one row."""
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.dataset, run.arch, run.place, run.seed)):
+    for run in in_order(runs):
         own = ", ".join(settings(run) + ([f"pretrained {run.origin}"] if run.origin else []))
         groups.setdefault((run.dataset, run.arch, run.label, own, run.result["amp"]), []).append(run)
     rows: list[list[str]] = []

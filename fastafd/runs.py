@@ -111,6 +111,11 @@ class Run:
             return {name: arrays[name] for name in arrays.files}
 
 
+def in_order(runs: Sequence[Run]) -> list[Run]:
+    """By data set and network, then as in the paper's Table 5, then by seed."""
+    return sorted(runs, key=lambda run: (run.dataset, run.arch, run.place, run.seed))
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The finished runs in these folders, each a run folder or one that holds such. UsageError where there is none."""
     files: dict[Path, Path] = {}
