@@ -52,7 +52,7 @@ def cifar10_tree(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The same arithmetic in every test and in the processes they start, whatever else the machine does."""
+    """The same arithmetic in every test, and in what a module's tests share, whatever else the machine does."""
     torch.set_num_threads(1)

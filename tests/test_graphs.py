@@ -1,0 +1,200 @@
+"""Steps launched by CUDA graphs: in the place of a GPU by a stand-in for a recording, and on one."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import afd_step, assert_close, batches, needs_gpu, tiny
+
+from fastafd.graphs import WARM_UPS, Graphs
+from fastafd.methods import Natural
+from fastafd.optim import fuse, make_sgd, needs_host
+from fastafd.step import TrainStep
+
+
+class OnTheCPU(Graphs):
+    """Graphs for a machine without CUDA: a recording computes nothing, and its replay writes into the same outputs."""
+
+    def __init__(self, step):
+        self.run, self.console, self.calls, self.recorded, self.works = step._recorded, step.console, {}, {}, True
+        self.step, self.replays = step, 0
+
+    def clear(self):
+        self.recorded.clear()
+        self.calls.clear()
+
+    def _aside(self, *inputs):
+        return self.run(*inputs)
+
+    def _record(self, *inputs):
+        held = tuple(None if v is None else v.clone() for v in inputs)
+        model, ema, rates = self.step.model, self.step.ema, [group["lr"] for group in self.step.optimizer.param_groups]
+        live = [*model.parameters(), *model.buffers(), *ema.module.parameters(), *ema.module.buffers()]
+        live += [v["momentum_buffer"] for v in self.step.optimizer.state.values()]
+        before = [tensor.detach().clone() for tensor in live]
+        outputs = tuple(v.detach() for v in self.run(*held))
+        with torch.no_grad():
+            for tensor, old in zip(live, before):
+                tensor.copy_(old)
+
+        def replay():
+            self.replays += 1
+            assert all(group["lr"] is rate for group, rate in zip(self.step.optimizer.param_groups, rates))
+            for own, new in zip(outputs, self.run(*held)):
+                own.copy_(new.detach())
+
+        return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
+
+
+def test_launches_by_graphs_are_the_step():
+    """Inputs, learning rates and the average's weight reach a recording; metrics are not overwritten by the next."""
+    plain, replayed = (afd_step(tiny(), "fast") for _ in range(2))
+    replayed._replay(OnTheCPU(replayed))
+    kept = {plain: [], replayed: []}
+    for step in (plain, replayed):
+        for index, batch in enumerate(batches(WARM_UPS + 4)):
+            for group in step.optimizer.param_groups:
+                group["lr"] = 0.02 if index < WARM_UPS + 2 else 0.01
+            kept[step].append(step(*batch, probe=index == WARM_UPS + 2))
+    assert replayed.graphs.replays == 4
+    assert_close(replayed, plain, 1e-5)
+    for ours, theirs in zip(kept[replayed], kept[plain], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name].float(), rtol=1e-4, atol=1e-6)
+    state = copy.deepcopy(replayed.state_dict())
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
+    replayed.load_state_dict(state)
+    plain.load_state_dict(copy.deepcopy(state))
+    for step in (plain, replayed):
+        for batch in batches(WARM_UPS + 1):
+            step(*batch)
+    assert replayed.graphs.replays == 5 and len(replayed.graphs.recorded) == 1
+    assert_close(replayed, plain, 1e-5)
+    for step in (plain, replayed):  # the optimizer alone, by its user: its tensors are others now
+        step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+        for batch in batches(WARM_UPS + 1):
+            step(*batch)
+    assert replayed.graphs.replays == 6
+    assert_close(replayed, plain, 1e-5)
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(capsys):
+    class Refuses(OnTheCPU):
+        def _record(self, *inputs):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain, refused = (afd_step(tiny(), "fast") for _ in range(2))
+    refused._replay(Refuses(refused))
+    for batch in batches(WARM_UPS + 2):
+        for step in (plain, refused):
+            step(*batch)
+    assert_close(refused, plain, 1e-5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no CUDA graph" in line]
+    assert len(lines) == 1 and lines[0].endswith("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    "build, scaled, reason",
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), False, ""),
+        (lambda p: torch.optim.SGD(p, 0.1), True, ""),
+        (lambda p: torch.optim.AdamW(p, capturable=True), False, ""),
+        (lambda p: torch.optim.AdamW(p, fused=True, capturable=True), True, ""),
+        (lambda p: torch.optim.AdamW(p), False, "reads its rate on the host"),
+        (lambda p: torch.optim.AdamW(p, fused=True), False, "reads its rate on the host"),
+        (lambda p: torch.optim.AdamW(p, capturable=True), True, "whether fp16 overflowed"),
+    ],
+)
+def test_which_optimizers_a_graph_can_have(build, scaled, reason):
+    optimizer = build(tiny().parameters())
+    fuse(optimizer)
+    found = needs_host(optimizer, scaled)
+    assert reason in found and bool(reason) == bool(found)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
+def test_recorded_steps_are_the_compiled_ones_and_wait_for_nothing(amp, monkeypatch):
+    """Recording changes nothing; a replay neither waits nor launches anything but the graph and its inputs."""
+    plain, recorded = (afd_step(tiny(dtype=torch.float32), "fast", "cuda", amp=amp) for _ in range(2))
+    plain.graphs.works = False
+    for step in (plain, recorded):
+        for x, y in batches(WARM_UPS + 1):
+            step(x.cuda(), y.cuda())
+    assert len(recorded.graphs.recorded) == 1
+    assert_close(recorded, plain, 1e-3)
+    more = [(x.cuda(), y.cuda()) for x, y in batches(3)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in more:
+                recorded(*batch, probe=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch in more:
+        plain(*batch)
+    assert_close(recorded, plain, 1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_natural_training_is_recorded():
+    net = tiny(dtype=torch.float32).cuda()
+    step = TrainStep(net, make_sgd(net, 0.05, 0.9, 1e-3), Natural(), engine="fast")
+    for x, y in batches(WARM_UPS + 2):
+        step(x.cuda(), y.cuda())
+    assert step.graphs.works and len(step.graphs.recorded) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_recorded_run_resumes_and_follows_the_learning_rate():
+    first = afd_step(tiny(), "fast", "cuda")
+    some = [(x.cuda(), y.cuda()) for x, y in batches(2 * WARM_UPS + 4)]
+    for batch in some[: WARM_UPS + 2]:
+        first(*batch)
+    held = copy.deepcopy(first.state_dict())
+    second = afd_step(tiny(), "fast", "cuda")
+    second.load_state_dict(held)
+    for step in (first, second):
+        for index, batch in enumerate(some[WARM_UPS + 2 :]):
+            for group in step.optimizer.param_groups:
+                group["lr"] = 0.0 if index == WARM_UPS + 1 else 0.01  # a replay in both
+            before = step.model.d1.weight.clone()
+            step(*batch)
+            assert torch.equal(before, step.model.d1.weight) == (index == WARM_UPS + 1)
+    assert_close(first, second, 1e-3)
+    first.load_state_dict(copy.deepcopy(first.state_dict()))
+    for batch in some[: WARM_UPS + 1]:
+        first(*batch)
+    assert all(step.graphs.works and len(step.graphs.recorded) == 1 for step in (first, second))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_that_waits_cannot_be_recorded_and_runs_all_the_same():
+    """In a process of its own: a recording that breaks must leave neither the stream nor the generator behind it."""
+    code = """
+import sys, torch
+sys.path.insert(0, "tests")
+from tiny import afd_step, batches, tiny
+from fastafd.graphs import WARM_UPS
+step = afd_step(tiny(dtype=torch.float32), "fast", "cuda")
+average, stream = step.engine.average, torch.cuda.current_stream()
+step.engine.average = lambda weight: average(float(weight))
+for x, y in batches(WARM_UPS + 3):
+    metrics = step(x.cuda(), y.cuda())
+assert not step.graphs.works and bool(metrics["loss"].isfinite()) and torch.cuda.current_stream() == stream
+torch.rand(3, device="cuda")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no CUDA graph, the compiled step is launched kernel by kernel") == 1
