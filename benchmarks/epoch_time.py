@@ -328,7 +328,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
     out = given.out or HERE / "results" / f"epoch-time-{name}.json"
     result = measure(given, device, out)
-    tables = [table(result)] * bool(given.tasks) + [methods_table(result)] * given.methods
+    tables = ([table(result)] if given.tasks else []) + ([methods_table(result)] if given.methods else [])
     print("\n\n".join([*tables, about(result), f"all of it in {out}"]))
     return 0
 

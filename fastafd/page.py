@@ -38,7 +38,6 @@ PARTS = {
 }
 PHASES = ("pre-training", *dict.fromkeys(PARTS.values()), "other", "evaluation")
 FLAT = ("task", "method", "sgd")  # parts of a config whose settings go by their own names
-CSS = files("fastafd").joinpath("page.css").read_text()
 IN_PIXELS = ("eps", "step_size", "step_low", "step_high")  # settings that are written as 8/255
 
 
@@ -62,6 +61,7 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
         for name, heading, inner in sections
     )
     dates = sorted({run.result["date"][:10] for run in runs})
+    style = files("fastafd").joinpath("page.css").read_text()
     made = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     save_text(
         path,
@@ -72,7 +72,7 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>fastafd: {escape(title)}</title>
-<style>{CSS}</style>
+<style>{style}</style>
 </head>
 <body>
 <header><h1>fastafd: {escape(title)}</h1><p>Finished {escape(made)}. Accuracy in per cent; attacks are l-infinity.</p>

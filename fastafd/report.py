@@ -197,7 +197,8 @@ def results(runs: Sequence[Run]) -> str:
             rows += natural_rows([run for run in runs if (run.dataset, run.arch) == (dataset, arch)])
         (chosen,) = by_setting(same).values()
         measured = cells([run.trained for run in chosen])
-        rows.append([label, arch, images(same[0]), *measured, seconds_of(same, "finetuning"), own])
+        spent = mean_seconds(run.result["seconds"]["finetuning"]["wall"] for run in same)
+        rows.append([label, arch, images(same[0]), *measured, spent, own])
     return markdown(["method", "network", "data", *HEAD, "s of training", "not as in its recipe"], rows)
 
 
@@ -217,14 +218,14 @@ def natural_rows(runs: Sequence[Run]) -> list[list[str]]:
     for (how, _), of_seeds in sorted(groups.items()):
         same = [*of_seeds.values()]
         measured = cells([run.result["models"]["natural"] for run in same])
-        rows.append(["Natural", same[0].arch, images(same[0]), *measured, seconds_of(same, "pretraining"), how])
+        spent = mean_seconds(run.result["seconds"]["pretraining"] for run in same)
+        rows.append(["Natural", same[0].arch, images(same[0]), *measured, spent, how])
     return rows
 
 
-def seconds_of(runs: Sequence[Run], part: str) -> str:
-    """The mean of the runs' seconds, of which those of given weights are not known."""
-    spent = [run.result["seconds"][part] for run in runs]
-    known = [found["wall"] if isinstance(found, dict) else found for found in spent if found is not None]
+def mean_seconds(spent: Iterable[float | None]) -> str:
+    """The mean; those that made given weights are not known (None)."""
+    known = [seconds for seconds in spent if seconds is not None]
     return f"{statistics.fmean(known):.0f}" if known else "not known"
 
 

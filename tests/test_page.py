@@ -14,7 +14,7 @@ from PIL import Image
 from test_figures import make_run
 
 from fastafd import figures
-from fastafd.page import CSS, markdown_html, seconds_by_part, write_page
+from fastafd.page import markdown_html, seconds_by_part, write_page
 
 VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # those of the page that have no end tag
 
@@ -24,7 +24,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.elements, self.text = [], [], ""
+        self.open, self.elements, self.text, self.style = [], [], "", ""
         self.feed(text)
         self.close()
         assert not self.open
@@ -42,7 +42,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" in self.open:
+            self.style += data
+        else:
             self.text += data
 
     def all(self, tag):
@@ -62,7 +64,7 @@ def alone(page):
     for _, attributes in page.elements:
         assert attributes.get("src", "data:image/").startswith("data:image/")
         assert "href" not in attributes or attributes["href"].removeprefix("#") in ids
-    assert "url(" not in CSS and "@import" not in CSS
+    assert "--line0" in page.style and "url(" not in page.style and "@import" not in page.style
     assert all(image["alt"] for image in page.all("img"))
     assert all(picture["aria-label"] for picture in page.all("svg"))
     return page
