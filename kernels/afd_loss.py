@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastafd.kernels.afd_products import afd_gradients, project
-from fastafd.kernels.lazy import TYPES, cdiv, jit, outside_autocast, packed, power_of_two, register_cuda
+from fastafd.kernels.lazy import TYPES, cdiv, jit, operation, outside_autocast, packed, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -357,7 +357,7 @@ def afd_loss_fused(
     return total, terms, logits, wrong, f, df, dz
 
 
-_afd_loss = torch.library.custom_op("fastafd::afd_loss", afd_loss_reference, mutates_args=(), device_types="cpu")
+_afd_loss = operation("afd_loss", afd_loss_reference, afd_loss_fused)
 
 
 @_afd_loss.register_fake
@@ -383,7 +383,6 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | No
 
 
 _afd_loss.register_autograd(_backward, setup_context=_save)
-register_cuda(_afd_loss, afd_loss_reference, afd_loss_fused)
 
 
 def _check(g: Tensor, t: Tensor, y: Tensor, d1: Tensor, d2: Tensor, w: Tensor, b: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import cdiv, differentiable_once, jit, outside_autocast, packed, register_cuda
+from fastafd.kernels.lazy import cdiv, differentiable_once, jit, operation, outside_autocast, packed
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -170,9 +170,7 @@ def afd_gradients_fused(
     return found
 
 
-afd_gradients = torch.library.custom_op(
-    "fastafd::afd_gradients", afd_gradients_reference, mutates_args=(), device_types="cpu"
-)
+afd_gradients = operation("afd_gradients", afd_gradients_reference, afd_gradients_fused)
 
 
 @afd_gradients.register_fake
@@ -187,4 +185,3 @@ def _(grad, g, d1, w, f, df, dz, classifier_alpha):
 
 
 differentiable_once(afd_gradients, "afd_loss")
-register_cuda(afd_gradients, afd_gradients_reference, afd_gradients_fused)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, aligned, jit, outside_autocast, packed, power_of_two, register_cuda
+from fastafd.kernels.lazy import TYPES, aligned, jit, operation, outside_autocast, packed, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -129,14 +129,9 @@ def attack_head_fused(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tens
     return out
 
 
-_attack_head = torch.library.custom_op(
-    "fastafd::attack_head", attack_head_reference, mutates_args=(), device_types="cpu"
-)
+_attack_head = operation("attack_head", attack_head_reference, attack_head_fused)
 
 
 @_attack_head.register_fake
 def _(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.empty_like(a, memory_format=_layout(a))
-
-
-register_cuda(_attack_head, attack_head_reference, attack_head_fused)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import cdiv, jit, packed, register_cuda
+from fastafd.kernels.lazy import cdiv, jit, operation, packed
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -76,13 +76,10 @@ def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Te
     return out.permute(0, 3, 1, 2)
 
 
-_augment = torch.library.custom_op("fastafd::augment", augment_reference, mutates_args=(), device_types="cpu")
+_augment = operation("augment", augment_reference, augment_fused)
 
 
 @_augment.register_fake
 def _(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
     batch, height, width, channels = x.shape
     return x.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
-
-
-register_cuda(_augment, augment_reference, augment_fused)

@@ -21,10 +21,10 @@ from fastafd.kernels.lazy import (
     cdiv,
     differentiable_once,
     jit,
+    operation,
     outside_autocast,
     packed,
     power_of_two,
-    register_cuda,
 )
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tu
     return found
 
 
-_kl_rows = torch.library.custom_op("fastafd::kl_rows", kl_rows_reference, mutates_args=(), device_types="cpu")
+_kl_rows = operation("kl_rows", kl_rows_reference, kl_rows_fused)
 
 
 @_kl_rows.register_fake
@@ -144,9 +144,7 @@ def _(adversarial: Tensor, natural: Tensor) -> Tensor:
     return natural.new_empty(len(natural), dtype=torch.promote_types(natural.dtype, torch.float32))
 
 
-_kl_gradients = torch.library.custom_op(
-    "fastafd::kl_gradients", kl_gradients_reference, mutates_args=(), device_types="cpu"
-)
+_kl_gradients = operation("kl_gradients", kl_gradients_reference, kl_gradients_fused)
 
 
 @_kl_gradients.register_fake
@@ -164,5 +162,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 _kl_rows.register_autograd(_backward, setup_context=_save)
 differentiable_once(_kl_gradients, "kl_loss")
-register_cuda(_kl_rows, kl_rows_reference, kl_rows_fused)
-register_cuda(_kl_gradients, kl_gradients_reference, kl_gradients_fused)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +15,7 @@ from torch.library import CustomOpDef
 
 P = ParamSpec("P")
 T = TypeVar("T")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels take; float64 runs the references
 
 
@@ -47,15 +50,53 @@ class Kernel:
         return scope[self.function.__name__]
 
 
-def register_cuda(op: CustomOpDef, reference: Callable[..., Any], fused: Callable[..., Any]) -> None:
-    """Run `op` on CUDA by its kernels; by its reference for float64 and where there is no Triton."""
-    triton = importlib.util.find_spec("triton") is not None
+@dataclass(eq=False)
+class Operation:
+    """An operation of `fastafd`: plain PyTorch, and the kernels that compute the same on CUDA."""
 
-    def run(*operands: Any) -> Any:
-        wide = any(isinstance(operand, Tensor) and operand.dtype == torch.float64 for operand in operands)
-        return (reference if wide or not triton else fused)(*operands)
+    reference: Callable[..., Any]
+    fused: Callable[..., Any]
 
-    op.register_kernel("cuda")(run)
+    def __call__(self, *operands: Any) -> Any:
+        return (self.fused if self.is_fused(operands) else self.reference)(*operands)
+
+    def is_fused(self, operands: tuple[Any, ...]) -> bool:
+        """Whether the kernels compute these operands; the reference does on a CPU, in float64 and without Triton."""
+        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+        return HAS_TRITON and tensors[0].is_cuda and not wide and not _references_wanted
+
+
+OPERATIONS: dict[str, Operation] = {}
+_references_wanted = 0  # how many `references` are open, in any thread
+
+
+def operation(
+    name: str, reference: Callable[..., Any], fused: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> CustomOpDef:
+    """`fastafd::name`, a custom operation with the signature of `reference`; `mutates` names what it writes into."""
+    OPERATIONS[name] = Operation(reference, fused)
+    return torch.library.custom_op(
+        f"fastafd::{name}",
+        OPERATIONS[name],
+        mutates_args=mutates,
+        device_types=("cpu", "cuda"),
+        schema=torch.library.infer_schema(reference, mutates_args=mutates),
+    )
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Let every operation run its reference meanwhile, on CUDA too.
+
+    It holds for all threads of the process, since a backward on CUDA runs in a thread of its own.
+    """
+    global _references_wanted
+    _references_wanted += 1
+    try:
+        yield
+    finally:
+        _references_wanted -= 1
 
 
 def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, aligned, cdiv, jit, register_cuda
+from fastafd.kernels.lazy import TYPES, aligned, cdiv, jit, operation
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -80,14 +80,9 @@ def _in_order_of(x_adv: Tensor, operand: Tensor) -> Tensor:
     return torch.empty_like(x_adv, dtype=operand.dtype).copy_(operand)
 
 
-_linf_step = torch.library.custom_op(
-    "fastafd::linf_step", linf_step_reference, mutates_args={"x_adv"}, device_types="cpu"
-)
+_linf_step = operation("linf_step", linf_step_reference, linf_step_fused, mutates=("x_adv",))
 
 
 @_linf_step.register_fake
 def _(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: float) -> None:
     return None
-
-
-register_cuda(_linf_step, linf_step_reference, linf_step_fused)

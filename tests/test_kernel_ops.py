@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from fastafd.kernels import afd_loss, attack_head, augment, kl_loss, linf_step
+from fastafd.kernels.lazy import OPERATIONS, references
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = torch.ops.fastafd
@@ -224,36 +226,44 @@ def test_what_does_not_fit_is_named(call, words):
         call(operands("cpu"))
 
 
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
 def test_without_triton_the_references_run_on_any_device():
     """A machine whose torch has no triton: everything imports, and CUDA is given the references."""
     code = """
 import sys
 sys.modules["triton"] = None
-import torch, fastafd.kernels, fastafd.kernels.lazy as lazy
-calls = []
-lazy.importlib.util.find_spec = lambda name: None
-class Op:
-    def register_kernel(self, device): return lambda run: calls.append(run)
-lazy.register_cuda(Op(), lambda x: "reference", lambda x: "fused")
-assert calls[0](torch.zeros(1)) == "reference"
+import torch, fastafd.kernels
+from fastafd.kernels.lazy import OPERATIONS
+class OnCuda(torch.Tensor):
+    is_cuda = True
+assert not any(operation.is_fused((torch.zeros(1).as_subclass(OnCuda),)) for operation in OPERATIONS.values())
 x = torch.rand(2, 3, 4, 4)
 fastafd.kernels.linf_step(x, torch.ones_like(x), x.clone(), 0.1, 0.1)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_float64_runs_the_reference_and_other_types_the_kernels():
-    from fastafd.kernels.lazy import register_cuda
-
-    chosen = []
-
-    class Op:
-        def register_kernel(self, device):
-            assert device == "cuda"
-            return chosen.append
-
-    register_cuda(Op(), lambda x: "reference", lambda x: "fused")
-    assert chosen[0](torch.zeros(1)) == "fused" and chosen[0](torch.zeros(1).double()) == "reference"
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_which_operands_the_kernels_compute(name):
+    """Those on CUDA but for float64, and none while references are asked for, in another thread too."""
+    operation, cuda = OPERATIONS[name], torch.zeros(1).as_subclass(OnCuda)
+    assert operation.is_fused((cuda, None, 0.1)) and not operation.is_fused((torch.zeros(1), None, 0.1))
+    assert not operation.is_fused((cuda, cuda.double()))
+    with references():
+        with ThreadPoolExecutor(1) as thread:
+            assert not thread.submit(operation.is_fused, (cuda,)).result()
+        with references():
+            pass
+        assert not operation.is_fused((cuda,))
+    assert operation.is_fused((cuda,))
+    with pytest.raises(ValueError), references():
+        raise ValueError
+    assert operation.is_fused((cuda,))
 
 
 @pytest.mark.gpu
