@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastafd.attacks.pgd
 import fastafd.attacks.snapshot
 import fastafd.data.augment
+import fastafd.engine
 import fastafd.methods.afd
 from benchmarks import plain
 from fastafd.afd_step import AFDStep
@@ -101,7 +101,7 @@ def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size:
 # is compiled by itself; what stands inside is compiled with what is around it.
 INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
     "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
-    "linf_step": (fastafd.attacks.pgd, torch.compile(step_in_place, dynamic=False)),
+    "linf_step": (fastafd.engine, torch.compile(step_in_place, dynamic=False)),
     "attack_head": (fastafd.attacks.snapshot, attack_head_reference),
     "afd_loss": (fastafd.methods.afd, plain_afd_loss),
 }

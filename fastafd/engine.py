@@ -23,9 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Snapshot
+from fastafd.attacks import KLPGD, PGD, Snapshot
 from fastafd.console import Console
 from fastafd.ema import EMA
+from fastafd.kernels import linf_step
+from fastafd.kernels.lazy import references
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Disentangled, SplitNet
 from fastafd.settings import UsageError, cache_dir, unknown
@@ -39,8 +41,12 @@ class Engine(Protocol):
 
     amp: torch.dtype | None  # of the forward passes; None: the weights' own
 
+    def launching(self) -> AbstractContextManager[None]:
+        """Stands around a whole step: which kernels it may launch."""
+        ...
+
     def teacher_features(self, x: Tensor) -> Tensor:
-        """To be read after `join` or `loss`."""
+        """To be read after `join`."""
         ...
 
     def join(self) -> None:
@@ -80,6 +86,10 @@ class Reference:
         self.model, self.method, self.teacher = model, method, teacher
         self.attack, self.attack_bn, self.ema = attack, attack_bn, ema
         self.device, self.amp = next(model.parameters()).device, AMP[amp]
+
+    def launching(self) -> AbstractContextManager[None]:
+        """The references of all operations, on CUDA too, so that the fast engine is compared with plain PyTorch."""
+        return references()
 
     def teacher_features(self, x: Tensor) -> Tensor:
         assert self.teacher is not None
@@ -139,6 +149,8 @@ class Fast:
                     f"the fast engine attacks fastafd.disentangle(net) or fastafd.models.split(net),"
                     f" not {type(model).__name__}"
                 )
+            if type(attack) not in (PGD, KLPGD):  # another class may climb along something else
+                raise UsageError(f"attack: {type(attack).__name__} takes engine reference; fast has PGD and KLPGD")
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
             self.refresh = Compiled("the snapshot", self.snapshot.refresh, console)
@@ -159,10 +171,13 @@ class Fast:
         if ema is not None:  # on a CPU it is one call already
             self._average = Compiled("the average", ema.move, console) if self.device.type == "cuda" else ema.move
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._teaching = False  # whether something runs there that `loss` has to wait for
+        self._teaching = False  # whether something runs there that has to be waited for
+
+    def launching(self) -> AbstractContextManager[None]:
+        return algorithms_by_trial()
 
     def teacher_features(self, x: Tensor) -> Tensor:
-        """Beside the attack: on CUDA on a stream of its own, which `loss` waits for."""
+        """Beside the attack: on CUDA on a stream of its own, which the current one waits for in `join`."""
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
             self._teaching = True
@@ -173,10 +188,10 @@ class Fast:
         assert self.attack is not None
         self.refresh()
         with autocast(self.device, self.amp):
-            return self.attack.climb(lambda x_adv: self._gradient(x_adv, y), x, noise)
+            target = self.attack.target(lambda: self.f1(x)[1], y)
+            return self.attack.climb(lambda x_adv: self._gradient(x_adv, target), x, noise, linf_step)
 
     def loss(self, batch: Batch) -> Loss:
-        self.join()
         self.model.train()
         return self._loss(batch)
 

@@ -59,7 +59,7 @@ class FreeStep(TrainStep):
             self.drawn = offsets, flips
         return x, y, *self.drawn, noise, epoch
 
-    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+    def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
         if self.delta is None:
             self.delta = torch.zeros_like(x)
         return (x + self.delta).requires_grad_()
@@ -93,7 +93,7 @@ class GradAlignStep(TrainStep):
         super().__init__(model, optimizer, method, **more)
         self.eps = ball.eps
 
-    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+    def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
         self.model.train()
         with autocast(self.device, self.engine.amp):
             self.gradient = input_gradient(self.model, x.clone().requires_grad_(), inputs[1])
@@ -137,7 +137,7 @@ class ATASStep(TrainStep):
         self.squares = torch.zeros(loader.n, dtype=next(model.parameters()).dtype, device=self.device)  # v
         self._order = -1, torch.empty(0)  # an epoch and its order, on the device
 
-    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
+    def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
         _, y, offsets, flips, *_ = inputs
         epoch, batch = divmod(self.steps, len(self.loader))
         if offsets is None or flips is None:

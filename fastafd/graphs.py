@@ -31,6 +31,7 @@ class Graphs:
         self.calls: dict[Any, int] = {}
         self.recorded: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], tuple[Tensor, ...]]] = {}
         self.works = True
+        self.replays = 0
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         key = tuple(None if v is None else (v.shape, v.dtype) for v in inputs)
@@ -50,6 +51,7 @@ class Graphs:
             if own is not None and given is not None:
                 own.copy_(given, non_blocking=True)
         graph.replay()
+        self.replays += 1
         return outputs
 
     def clear(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastafd.models import Disentangled
 
@@ -34,6 +36,34 @@ def learning_rate(
         return lr * float(np.interp(epoch, np.multiply(starts, epochs), factors))
     begun = [factor for start, factor in schedule if int(epoch) + 1e-9 >= start * epochs]
     return lr * begun[-1]
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> bool:
+    """`optimizer.load_state_dict(state)`, written into the tensors that the optimizer has, as CUDA graphs need it.
+
+    Returns whether all tensors are the same ones as before and all settings but the learning rates are equal, so that
+    what was recorded before holds.
+    """
+    tensors = {p: dict(values) for p, values in optimizer.state.items()}
+    settings = _settings(optimizer)
+    optimizer.load_state_dict(state)
+    same = settings == _settings(optimizer) and tensors.keys() == optimizer.state.keys()
+    for p, values in optimizer.state.items():
+        before = tensors.get(p, {})
+        same &= before.keys() == values.keys()
+        for name, value in values.items():
+            old = before.get(name)
+            if isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
+                values[name] = old.copy_(value)
+            else:
+                same &= old is value is None
+    return same
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of each group, but for the rate and for what `fuse` sets."""
+    aside = ("params", "lr", "fused", "foreach")
+    return [{name: value for name, value in group.items() if name not in aside} for group in optimizer.param_groups]
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

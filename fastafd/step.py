@@ -25,7 +25,6 @@ from fastafd.engine import (
     Engine,
     Fast,
     Reference,
-    algorithms_by_trial,
     engine_of,
     keep_compiled,
     resolve_amp,
@@ -34,7 +33,7 @@ from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import SplitNet, split
-from fastafd.optim import fuse, needs_host
+from fastafd.optim import fuse, needs_host, restore
 from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
@@ -147,7 +146,11 @@ class TrainStep:
             of = "a GPU" if "cuda_rng" in state else "a CPU"
             raise UsageError(f"device: got {self.device.type}, and the state to go on from is that of a step on {of}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        in_place = restore(self.optimizer, state["optimizer"])
+        if self.fast:
+            fuse(self.optimizer)
+        if self.graphs is not None and in_place:
+            self._state = self.optimizer.state  # recordings still hold its tensors
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
         if state.get("scaler"):
@@ -159,8 +162,6 @@ class TrainStep:
             self.ema.load_state_dict(state["ema"])
         if self.augment is not None:
             self.augment.generator.set_state(state["augment"])
-        if self.fast:
-            fuse(self.optimizer)
 
     # -- what a step is made of -----------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class TrainStep:
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
     ) -> tuple[dict[str, Tensor], Seen]:
         """The step itself, on the device alone."""
-        images, y, offsets, flips, *_ = inputs
+        images, y, offsets, flips, noise, epoch = inputs
         with timer("augment"):
             x = self._pixels(images, offsets, flips)
         teacher_features = None
@@ -210,7 +211,12 @@ class TrainStep:
         x_adv = x
         if self.method.adversarial:
             with timer("attack"):
-                x_adv = self._attacked(x, inputs, teacher_features)
+                x_adv = self._attacked(x, inputs)
+        self.engine.join()  # from here on the teacher's features are read
+        if noise is not None and epoch is not None:
+            with timer("attack"):
+                features, _ = self.engine.f1(x)
+                x_adv = self.method.replay(Batch(x, x_adv, y, teacher_features), noise, features, epoch)
         probed: dict[str, Tensor] = {}
         if probe:
             with timer("probe"):
@@ -224,15 +230,10 @@ class TrainStep:
         correct = (out.logits.argmax(1) == y).float().mean()
         return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}, (x, x_adv, teacher_features)
 
-    def _attacked(self, x: Tensor, inputs: Inputs, teacher_features: Tensor | None) -> Tensor:
-        """The images to train on in the place of x."""
-        _, y, _, _, noise, epoch = inputs
-        x_adv = self.engine.perturb(x, noise, y)
-        if noise is not None and epoch is not None:
-            self.engine.join()
-            features, _ = self.engine.f1(x)
-            x_adv = self.method.replay(Batch(x, x_adv, y, teacher_features), noise, features, epoch)
-        return x_adv
+    def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """The attacked images in the place of x."""
+        _, y, _, _, noise, _ = inputs
+        return self.engine.perturb(x, noise, y)
 
     def _loss(self, batch: Batch) -> Loss:
         return self.engine.loss(batch)
@@ -269,16 +270,17 @@ class TrainStep:
     # -- how it is launched ---------------------------------------------------------------------------------------
 
     def _launch(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
-        if self.graphs is None:
-            return self._run(inputs, weight, self._phases, probe)[0]
-        with self.timer("step"):
-            self._set_scalars(weight)
-            figures, *seen = self.graphs(*inputs)
-            metrics = dict(zip(self._names, figures.clone().unbind()))  # the next step overwrites them
-        if probe:  # the snapshot still has the weights before the update
-            with self.timer("probe"):
-                metrics |= self._probe(inputs[1], *seen)
-        return metrics
+        with self.engine.launching():
+            if self.graphs is None:
+                return self._run(inputs, weight, self._phases, probe)[0]
+            with self.timer("step"):
+                self._set_scalars(weight)
+                figures, *seen = self.graphs(*inputs)
+                metrics = dict(zip(self._names, figures.clone().unbind()))  # the next step overwrites them
+            if probe:  # the snapshot still has the weights before the update
+                with self.timer("probe"):
+                    metrics |= self._probe(inputs[1], *seen)
+            return metrics
 
     def _compile(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
         """`_launch` for a batch of a shape not met before: the first call of each part compiles it."""
@@ -311,8 +313,7 @@ class TrainStep:
 
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
         """`_run` as a CUDA graph takes it."""
-        with algorithms_by_trial():
-            metrics, seen = self._run(inputs, self._weight, self._phases)
+        metrics, seen = self._run(inputs, self._weight, self._phases)
         self._names = tuple(metrics)
         return torch.stack([value.float() for value in metrics.values()]), *(t for t in seen if t is not None)
 
@@ -325,7 +326,7 @@ class TrainStep:
             fuse(self.optimizer)
             self.graphs.clear()
             self._state, self._rates = self.optimizer.state, [torch.zeros((), device=self.device) for _ in groups]
-        for group, held in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, held in zip(groups, self._rates, strict=True):
             if group["lr"] is not held:  # somebody has set it since
                 held.fill_(group["lr"])
                 group["lr"] = held

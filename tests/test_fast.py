@@ -21,6 +21,7 @@ from fastafd.step import TrainStep
 def trained():
     """Both engines after the same steps, probed at the last; no recompile after the first, and no graph breaks."""
     pair, metrics = {}, {}
+    torch._dynamo.reset()  # what other tests have compiled would not be compiled again
     torch._dynamo.utils.counters.clear()
     for engine in ("reference", "fast"):
         step = pair[engine] = afd_step(tiny(), engine)

@@ -13,7 +13,7 @@ from tiny import afd_step, assert_close, batches, needs_gpu, tiny
 
 from fastafd.graphs import WARM_UPS, Graphs
 from fastafd.methods import Natural
-from fastafd.optim import fuse, make_sgd, needs_host
+from fastafd.optim import fuse, make_sgd, needs_host, restore
 from fastafd.step import TrainStep
 
 
@@ -43,7 +43,6 @@ class OnTheCPU(Graphs):
                 tensor.copy_(old)
 
         def replay():
-            self.replays += 1
             assert all(group["lr"] is rate for group, rate in zip(self.step.optimizer.param_groups, rates))
             for own, new in zip(outputs, self.run(*held)):
                 own.copy_(new.detach())
@@ -74,14 +73,68 @@ def test_launches_by_graphs_are_the_step():
     for step in (plain, replayed):
         for batch in batches(WARM_UPS + 1):
             step(*batch)
-    assert replayed.graphs.replays == 5 and len(replayed.graphs.recorded) == 1
+    assert replayed.graphs.replays == 4 + WARM_UPS + 1 and len(replayed.graphs.recorded) == 1  # the one from before
     assert_close(replayed, plain, 1e-5)
     for step in (plain, replayed):  # the optimizer alone, by its user: its tensors are others now
         step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
         for batch in batches(WARM_UPS + 1):
             step(*batch)
-    assert replayed.graphs.replays == 6
+    assert replayed.graphs.replays == 4 + WARM_UPS + 2
     assert_close(replayed, plain, 1e-5)
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.5  # a recording has the old one
+    for step in (plain, replayed):
+        step.load_state_dict(copy.deepcopy(state))
+        for batch in batches(WARM_UPS + 1):
+            step(*batch)
+    assert replayed.graphs.replays == 4 + WARM_UPS + 3
+    assert_close(replayed, plain, 1e-5)
+
+
+def test_a_resumed_run_records_once():
+    """The state is loaded before the first step: its tensors are those that warm-ups and recording then use."""
+    first, second = (afd_step(tiny(), "fast") for _ in range(2))
+    first(*batches(1)[0])
+    second._replay(OnTheCPU(second))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (first, second):
+        for batch in batches(WARM_UPS + 2):
+            step(*batch)
+    assert second.graphs.replays == 2 and sum(second.graphs.calls.values()) == WARM_UPS + 2
+    assert_close(second, first, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p),
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+    ],
+)
+def test_an_optimizer_is_restored_in_place(optimizer):
+    """As by load_state_dict, but into the tensors that are there; and it says whether there was anything else."""
+
+    def train(optimizer, steps):
+        for _ in range(steps):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = p.detach() + 1
+            optimizer.step()
+
+    def of(optimizer):
+        return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+    one, other = (optimizer([torch.nn.Parameter(torch.arange(3.0) + i) for i in range(2)]) for _ in range(2))
+    train(one, 2)
+    train(other, 3)
+    tensors, state = of(other), copy.deepcopy(one.state_dict())
+    assert restore(other, state)
+    assert all(a is b for a, b in zip(tensors, of(other), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(of(one), of(other), strict=True))
+    state["param_groups"][0]["lr"] = 0.5
+    assert restore(other, state) and other.param_groups[0]["lr"] == 0.5
+    state["param_groups"][0]["weight_decay"] = 0.5
+    assert not restore(other, state) and other.param_groups[0]["weight_decay"] == 0.5
+    assert not restore(other, optimizer([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]).state_dict())
 
 
 def test_what_cannot_be_recorded_runs_all_the_same(capsys):

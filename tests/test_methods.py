@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import transcriptions
 from float64 import EPS, assert_same, batches, draws, small_net
 from torch import nn
 
-from fastafd.attacks import PGD
+from fastafd.attacks import PGD, Snapshot, input_gradient
+from fastafd.methods import VAFT
 from fastafd.models import disentangle, split
 from fastafd.optim import make_sgd
 from fastafd.recipes import find_recipe
+from fastafd.settings import UsageError
 from fastafd.step import TrainStep
 
 BOTH = ("reference", "fast")
@@ -42,10 +45,7 @@ def step_of(recipe: str, net: nn.Module, engine: str = "reference") -> TrainStep
 
 @pytest.mark.parametrize(
     "recipe, engine",
-    [
-        *[(recipe, engine) for recipe in ("vaft", "afkd", "arrest", "vaft_d", "vaft_a", "pgd_at") for engine in BOTH],
-        ("trades", "reference"),
-    ],
+    list(product(("vaft", "afkd", "arrest", "vaft_d", "vaft_a", "pgd_at", "trades"), BOTH)),
 )
 def test_method_is_its_transcription(recipe, engine):
     literal, data = small_net(), batches(STEPS)
@@ -78,7 +78,7 @@ def test_method_is_its_transcription(recipe, engine):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("recipe", ["vaft", "afkd", "arrest", "vaft_d", "pgd_at"])
+@pytest.mark.parametrize("recipe", ["vaft", "afkd", "arrest", "vaft_d", "pgd_at", "trades"])
 def test_recorded_steps_are_the_reference(recipe):
     """In float64: warm-up, recording, replays; noisy replay while its epochs last and after."""
     both = []
@@ -94,9 +94,41 @@ def test_recorded_steps_are_the_reference(recipe):
 
 
 def test_what_the_fast_engine_does_not_run_says_so(capsys):
-    step = step_of("trades", small_net(), "fast")
+    step = step_of("fgsm_ga", small_net(), "fast")
     assert not step.fast
-    assert "TRADES runs uncompiled, on the reference engine: its attack" in capsys.readouterr().err
+    assert "FGSM-GA runs uncompiled, on the reference engine: it differentiates" in capsys.readouterr().err
+
+
+def test_an_attack_of_another_class_is_not_replaced_by_pgd():
+    """The fast engine climbs on a snapshot by itself; a class that it does not know may climb along something else."""
+
+    class Untargeted(PGD):
+        def ascent(self, classifier, x, y):
+            return lambda x_adv: -input_gradient(classifier, x_adv, y)
+
+    net = small_net()
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    step = TrainStep(split(net), sgd, VAFT(), attack=Untargeted(), amp="fp32", engine="reference")
+    step(*batches(1)[0])
+    with pytest.raises(UsageError, match="attack: Untargeted takes engine reference; fast has PGD and KLPGD"):
+        TrainStep(split(net), sgd, VAFT(), attack=Untargeted(), amp="fp32", engine="fast")
+
+
+@pytest.mark.parametrize("head", ["pooled", "flat"])
+def test_a_snapshot_climbs_away_from_probabilities(head):
+    """The gradient of TRADES' divergence, on a network that ends in ReLU and pool and on one that does not."""
+    body = small_net()[:3]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten()) if head == "pooled" else small_net()[:-1]
+    linear = nn.Linear(8 if head == "pooled" else 32, 5).double()
+    snapshot = Snapshot(net.eval(), torch.float64, linear)
+    snapshot.refresh()
+    assert snapshot.pools == (head == "pooled")
+    x = batches(1)[0][0]
+    probabilities = linear(net(x)).softmax(1).detach()
+    x_adv = (x + 0.03 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    divergence = F.kl_div(linear(net(x_adv)).log_softmax(1), probabilities, reduction="sum")
+    (expected,) = torch.autograd.grad(divergence, x_adv)
+    torch.testing.assert_close(snapshot.gradient(x_adv, probabilities), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_kl_attack_climbs_the_divergence():

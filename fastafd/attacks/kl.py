@@ -23,6 +23,10 @@ class KLPGD(PGD):
             return None
         return torch.empty_like(like).normal_(0.0, START, generator=generator)
 
+    def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
+        """The clean prediction p(x), (B,C): the divergence and the cross-entropy against it have one gradient."""
+        return logits().softmax(1)
+
     def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             clean = classifier(x)

@@ -114,15 +114,27 @@ class Snapshot(nn.Module):
         logits = F.linear(features.to(self.weight.dtype), self.weight, self.bias)
         return features if self.d1 is None else F.linear(features, self.d1.to(features.dtype)), logits
 
-    def gradient(self, x_adv: Tensor, y: Tensor) -> Tensor:
-        """The gradient of the summed cross-entropy of f1's logits: (B,3,H,W), which requires grad, and (B,) -> x_adv's.
+    def gradient(self, x_adv: Tensor, target: Tensor) -> Tensor:
+        """The gradient of the summed cross-entropy of f1's logits: (B,3,H,W), which requires grad -> the same shape.
 
-        Source: Eq. 2 of the AFD paper. Only its signs matter to PGD.
+        target: labels (B,) int64, or probabilities (B,C). Source: Eq. 2 of the AFD paper. Only the signs of the
+        gradient matter to PGD.
         """
         before = self(x_adv)
-        slope = attack_head(before.detach(), y, self.weight, self.bias)
-        (grad,) = torch.autograd.grad(before, x_adv, slope)
+        (grad,) = torch.autograd.grad(before, x_adv, self._slope(before.detach(), target))
         return grad
+
+    def _slope(self, before: Tensor, target: Tensor) -> Tensor:
+        """The gradient with respect to what `forward` returns."""
+        if not target.is_floating_point():
+            return attack_head(before, target, self.weight, self.bias)
+        pooled = before.relu().mean((2, 3)) if self.pools else before
+        with torch.autocast(before.device.type, enabled=False):
+            logits = F.linear(pooled.to(self.weight.dtype), self.weight, self.bias)
+            slope = ((logits.softmax(1) - target) @ self.weight).to(before.dtype)
+        if not self.pools:
+            return slope
+        return torch.where(before > 0, slope[:, :, None, None] / before.shape[2:].numel(), 0.0)
 
     def _fold(self, live: nn.Module, net: fx.GraphModule, dtype: torch.dtype) -> nn.Module:
         graph, modules = net.graph, dict(net.named_modules())

@@ -1,4 +1,4 @@
-"""The l-infinity threat model: where an attack starts. How it steps is `fastafd.kernels.linf_step`.
+"""The l-infinity threat model: where an attack starts. How it steps is in `fastafd.kernels.linf_step`.
 
 Pixels are in [0,1] everywhere outside the model; eps and step sizes are in the same unit.
 """

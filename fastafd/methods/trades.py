@@ -21,7 +21,6 @@ from fastafd.settings import check, number, setting
 class TRADES(Method):
     label: ClassVar[str] = "TRADES"
     begins: ClassVar[str] = "scratch"
-    only_reference: ClassVar[str] = "its attack climbs a divergence, which the snapshot's head does not have"
 
     kl_weight: float = setting(6.0, "beta, weight of the divergence between clean and attacked predictions", number(0))
 
