@@ -1,0 +1,159 @@
+"""What a step leaves behind, how far that is from another step's, and how far it may be: the rows of a certificate.
+
+A distance is Euclidean and relative to the exact value. Each row has three figures: the distance of plain PyTorch
+("eager") and of the fast step in the same arithmetic, and the limit of the latter.
+
+One comparison proves little in 32 or 16 bits: where a ReLU's input lies within a rounding of zero it may fall on the
+other side, and every gradient below moves by 1e-4 to 1e-3 in fp32, by far more in 16 bits, in one step or in the other.
+So the verdict in the run's arithmetic is on the median of several comparisons, and a limit has three parts: twice
+eager's median, an allowance for flips, and a ceiling that no eager distance raises. In float64 there are no flips, and
+the limit is 1e-9.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastafd.kernel_checks import BIT_FOR_BIT, Deviation
+from fastafd.step import TrainStep
+
+Values = dict[str, Tensor]  # float64, by "group: quantity"
+Row = dict[str, Any]
+
+FLOAT64 = 1e-9
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of a median: twice eager's plus `allowance`, and never above `ceiling`."""
+
+    allowance: float
+    ceiling: float
+
+    def of(self, eager: float) -> float:
+        return min(2 * eager + self.allowance, self.ceiling)
+
+
+LIMITS = {
+    amp: {
+        "loss terms": Limit(t, 1),
+        "gradients": Limit(t, 1),
+        "gradients' lengths": Limit(t, 1),
+        "BatchNorm buffers": Limit(t, 1),
+        "weights": Limit(t, 1),
+        "averages": Limit(t, 1),
+        "attack's loss": Limit(t, 1),
+        "attack's pixels": Limit(t, 1),
+    }
+    for amp, t in (("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0))
+}
+
+
+def values_of(step: TrainStep, metrics: dict[str, Tensor]) -> Values:
+    """After a step that returned `metrics`: loss terms, gradients, BatchNorm statistics, weights and their average."""
+    kept = {
+        f"loss terms: {name}": value for name, value in metrics.items() if not name.endswith("accuracy")
+    }  # one image more or less is no rounding
+    for name, parameter in step.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            kept[f"gradients: {name}"] = parameter.grad
+            kept[f"weights: {name}"] = parameter
+    models = [("BatchNorm buffers", step.model)]
+    if step.ema is not None:
+        models.append(("averages", step.ema.module))
+        kept |= {f"averages: {name}": value for name, value in step.ema.module.named_parameters()}
+    for group, model in models:
+        kept |= {f"{group}: {name}": value for name, value in model.named_buffers() if "running" in name}
+    return {name: value.detach().to(torch.float64, copy=True) for name, value in kept.items()}
+
+
+class Distances:
+    """Of one step from the exact one, by quantity, a number for each comparison."""
+
+    def __init__(self) -> None:
+        self.of: defaultdict[str, list[float]] = defaultdict(list)
+        self.slopes: defaultdict[str, list[float]] = defaultdict(list)
+
+    def measure(self, values: Values, exact: Values) -> None:
+        longest: defaultdict[str, float] = defaultdict(float)
+        for name, value in exact.items():
+            group = name.split(":")[0]
+            longest[group] = max(longest[group], float(value.norm()))
+        for name, value in values.items():
+            group = name.split(":")[0]
+            # Terms are means of logarithms and cosines, whose errors are those of numbers near 1. A gradient that is
+            # zero but for roundings, such as a bias before BatchNorm's, has no length to be relative to.
+            shortest = 1.0 if group == "loss terms" else 1e-6 * longest[group] or 1.0
+            length = max(float(exact[name].norm()), shortest)
+            self.of[name].append(float((value - exact[name]).norm()) / length)
+            if group == "gradients":
+                self.slopes[name].append(float(((value - exact[name]) * exact[name]).sum()) / length**2)
+
+
+def row(group: str, quantity: str, eager: float | None, fast: float, limit: float) -> Row:
+    """eager None: there is nothing to compare with. A NaN is beyond every limit."""
+    return {"group": group, "quantity": quantity, "eager": eager, "fast": fast, "limit": limit, "ok": fast <= limit}
+
+
+def float64_rows(compiled: Distances, attacks: list[dict[str, float]]) -> list[Row]:
+    """The fast engine in float64, where nothing is a matter of chance: of every quantity the largest distance."""
+    rows = [
+        row("float64, augmentation", "share of other pixels", None, max(a["compiled augmented"] for a in attacks), 0.0),
+        # The sign of a gradient that is zero but for roundings decides a pixel.
+        row("float64, attack", "share of other pixels", None, max(a["compiled attacked"] for a in attacks), 1e-4),
+    ]
+    for name, distances in compiled.of.items():
+        group, quantity = name.split(": ")
+        rows.append(row(f"float64, {group}", quantity, None, max(distances), FLOAT64))
+    return rows
+
+
+def update_rows(eager: Distances, fast: Distances, amp: str) -> list[Row]:
+    """In the run's arithmetic, medians over comparisons; of gradients also by how much they are too long."""
+    rows = []
+    for name, distances in fast.of.items():
+        group, quantity = name.split(": ")
+        of_both = median(eager.of[name]), median(distances)
+        rows.append(row(group, quantity, *of_both, LIMITS[amp][group].of(of_both[0])))
+    for name, slopes in fast.slopes.items():
+        of_both = abs(median(eager.slopes[name])), abs(median(slopes))
+        limit = LIMITS[amp]["gradients' lengths"].of(of_both[0])
+        rows.append(row("gradients' lengths", name.split(": ")[1], *of_both, limit))
+    return rows
+
+
+def graph_rows(eager: Distances, graph: Distances, amp: str, unrecorded: int) -> list[Row]:
+    """A replayed step from the same step launched kernel by kernel; unrecorded: steps that were not replayed."""
+    rows = [one | {"group": f"graph, {one['group']}"} for one in update_rows(eager, graph, amp)]
+    return [row("graph", "steps that were not replayed", None, float(unrecorded), 0.0), *rows]
+
+
+def attack_rows(attacks: list[dict[str, float]], amp: str) -> list[Row]:
+    """The mean loss that the attack reaches, relative to what float64's gains, and the shares of other pixels."""
+    mean = {name: sum(a[name] for a in attacks if name in a) / len(attacks) for name in attacks[-1]}
+    gain = abs(mean["exact loss"] - mean["clean loss"]) or 1.0
+    loss = [abs(mean[f"{name} loss"] - mean["exact loss"]) / gain for name in ("eager", "fast")]
+    other = mean["eager attacked"], mean["fast attacked"]
+    return [
+        row("augmentation", "share of other pixels", mean["eager augmented"], mean["fast augmented"], 0.0),
+        row("attack", "mean cross-entropy", *loss, LIMITS[amp]["attack's loss"].of(loss[0])),
+        row("attack", "share of other pixels", *other, LIMITS[amp]["attack's pixels"].of(other[0])),
+    ]
+
+
+def kernel_rows(comparisons: list[dict[str, dict[str, Deviation]]]) -> list[Row]:
+    """Of each kernel and result the medians over comparisons; of pixels, which have no limit to spare, the largest."""
+    rows = []
+    for name in dict.fromkeys(name for kernels in comparisons for name in kernels):
+        of_kernel = [kernels[name] for kernels in comparisons if name in kernels]
+        for result in of_kernel[0]:
+            middle = max if name in BIT_FOR_BIT else median
+            rows.append(row(f"kernel {name}", result, *(middle(d[result][i] for d in of_kernel) for i in range(3))))
+    return rows
