@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +119,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     try:
         _stop_on_signals()
         main(argv)
+        sys.stdout.flush()  # here, where a pipe that nobody reads any more is no traceback
         code, line = 0, ""
     except UsageError as error:
         code, line = 2, f"error: {error}"
@@ -125,7 +127,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, line = 1, f"error: {error}"
     except Stopped as stop:
         code, line = 75, str(stop)
-    except BrokenPipeError:
+    except BrokenPipeError:  # of `| head`, say
         code, line = 1, ""
     except OSError as error:  # a folder that may not be written, a device that is full
         code, line = 1, f"error: {error.filename or 'writing'}: {error.strerror or error}"
@@ -136,8 +138,13 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
             "error: this is a bug in fastafd, not a mistake of yours; the lines above are what a report needs",
         )
     if line:
-        print(re.sub(r"\s+", " ", line), file=sys.stderr)
-    sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            print(re.sub(r"\s+", " ", line), file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python flushes once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 

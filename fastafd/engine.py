@@ -30,9 +30,10 @@ from fastafd.kernels import linf_step
 from fastafd.kernels.lazy import references
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Disentangled, SplitNet
-from fastafd.settings import UsageError, cache_dir, unknown
+from fastafd.settings import RunError, UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -243,6 +244,23 @@ class Compiled:
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
     """The arithmetic of the forward passes."""
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+
+
+@contextmanager
+def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """RunError in the place of an allocation that fails: what was asked for, what was free, and the advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(said):
+            raise
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", said, re.IGNORECASE)
+        free = re.search(r"of which ([\d.]+ \w+) is free", said)
+        figures = [f"asked for {asked[1]}" if asked else "", f"{free[1]} free" if free else ""]
+        memory = "GPU memory" if re.search("CUDA|CUBLAS|CUDNN", said) else "memory"
+        known = ", ".join(figure for figure in figures if figure)
+        raise RunError(f"out of {memory}{f': {known}' if known else ''}. {advice()}") from error
 
 
 @contextmanager

@@ -3,7 +3,8 @@
     python -m fastafd.evaluate runs/NAME --attack pgd20
     python -m fastafd.evaluate --arch resnet18 --weights FILE --dataset cifar10 --attack autoattack --n 1000 --json
 
-Evaluation is in fp32 and eager, whatever the training was: reported robustness must not depend on a fast path.
+Evaluation is in fp32 and eager, whatever the training was, and launches no kernel of fastafd: reported robustness must
+not depend on a fast path.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastafd import cli
@@ -28,7 +30,7 @@ from fastafd.attacks import PGD, check_classes, run_autoattack
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Bar, Console
 from fastafd.data import Split, load_dataset, to_unit
-from fastafd.engine import resolve_device
+from fastafd.engine import enough_memory, resolve_device
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
@@ -149,7 +151,7 @@ def evaluate(
     drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
     if "autoattack" in attacks:
         check_classes(model, to_unit(torch.from_numpy(test.images(np.arange(1)))))
-    with true_fp32():
+    with true_fp32(), enough_memory(lambda: f"Take a smaller --batch-size of fastafd.evaluate than {batch_size}"):
         for attack in attacks:
             wanted = autoattack_n if attack == "autoattack" else n
             if wanted not in drawn:
@@ -164,7 +166,10 @@ def evaluate(
                 correct, details = autoattack(model, to_unit(images), labels, batch_size, seed, console, name)
             else:
                 pgd = PGD20 if attack == "pgd20" else None
-                correct = accuracy_under(model, images, labels, pgd, batch_size, seed, console, f"{label} {attack}")
+                name = f"{label} {attack}"
+                warnings: list[str] = []
+                correct = accuracy_under(model, images, labels, pgd, batch_size, seed, console, name, warnings)
+                details = {"warnings": warnings} if warnings else {}
             count, seconds = int(correct.sum()), time.perf_counter() - began
             result[attack] = {"n": len(labels), "correct": count, "accuracy": count / len(labels)}
             result[attack] |= {"interval": wilson(count, len(labels)), "seconds": seconds, **details}
@@ -191,14 +196,17 @@ def accuracy_under(
     seed: int,
     console: Console,
     label: str,
+    warnings: list[str] | None = None,
 ) -> Tensor:
     """Which of the images, uint8 (N,H,W,3) or float32 (N,3,H,W), stay correct: (N,) bool.
 
-    The attack's starts come from a generator of their own.
+    The attack's starts come from a generator of their own. An attack under which the mean cross-entropy does not rise
+    proves nothing: the console says so, and `warnings` gets the sentence.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     correct = torch.zeros(len(y), dtype=torch.bool)
+    losses = torch.zeros(2, dtype=torch.float64, device=device)  # summed, before and under the attack
     with Bar(console, label, len(y)) as bar:
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
@@ -207,10 +215,20 @@ def accuracy_under(
             images = images.contiguous(memory_format=torch.channels_last)
             labels = y[part].to(device)
             if attack is not None:
-                images = attack(model, images, labels, generator)
+                clean, images = images, attack(model, images, labels, generator)
+                with torch.no_grad():
+                    losses[0] += F.cross_entropy(model(clean), labels, reduction="sum")
             with torch.no_grad():
-                correct[part] = (model(images).argmax(1) == labels).cpu()
+                logits = model(images)
+                losses[1] += F.cross_entropy(logits, labels, reduction="sum")
+                correct[part] = (logits.argmax(1) == labels).cpu()
             bar.advance(len(labels))
+    before, under = (losses / len(y)).tolist()
+    if attack is not None and attack.steps and not under > before:
+        warning = f"the attack has not raised the mean loss ({before:.4g} before it, {under:.4g} under it)"
+        console.line(f"{label}: {warning}; this accuracy says nothing about robustness")
+        if warnings is not None:
+            warnings.append(warning)
     return correct
 
 

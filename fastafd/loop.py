@@ -17,6 +17,7 @@ from fastafd.checkpoint import load_run, save_run
 from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
+from fastafd.engine import enough_memory
 from fastafd.files import save_text
 from fastafd.optim import learning_rate
 from fastafd.settings import RunError, UsageError
@@ -67,8 +68,11 @@ def fit(
         progress = {"steps": done, "seconds": log.total_seconds(seconds), "identity": identity}
         save_run(last, {"step": step.state_dict(), "progress": progress})
 
+    def advice() -> str:
+        return f"Take a smaller --batch-size than {loader.batch_size}, or 16 bits (--amp bf16); {kept(last)}"
+
     bar = Bar(console, label, per_epoch * sgd.epochs, done)
-    with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar:
+    with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar, enough_memory(advice):
         while done < per_epoch * sgd.epochs:
             epoch, first = divmod(done, per_epoch)
             rate = -1.0  # none yet
@@ -99,6 +103,11 @@ def fit(
             if stop.asked:  # also when the signal came during the save
                 raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
     return log.total_seconds(seconds)
+
+
+def kept(last: Path) -> str:
+    """What an error says of the checkpoint."""
+    return f"{last} keeps the last good state" if last.exists() else "nothing had been saved yet"
 
 
 class MetricsLog:
@@ -141,8 +150,7 @@ class MetricsLog:
         bad = int(self.bad_step)
         if bad >= 0:
             last = self.path.parent / "last.pt"
-            kept = f"{last} keeps the last good state" if last.exists() else "nothing had been saved yet"
-            raise RunError(f"loss: not finite at step {bad}; {kept}. A smaller learning rate is the usual cure")
+            raise RunError(f"loss: not finite at step {bad}; {kept(last)}. A smaller learning rate is the usual cure")
 
     def write(self, steps: int, epoch: int, rate: float) -> str:
         """One line; returns its gist for the progress bar."""

@@ -51,7 +51,7 @@ from fastafd.certificate import (
 from fastafd.config import TrainConfig
 from fastafd.console import Bar, Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.engine import resolve_amp, resolve_device
+from fastafd.engine import enough_memory, resolve_amp, resolve_device
 from fastafd.evaluate import provenance
 from fastafd.files import as_json, save_text
 from fastafd.fine_tuning import step_of
@@ -106,7 +106,8 @@ def main(argv: list[str]) -> None:
     dataset = load_dataset(config.dataset, config.data_dir)
     if device.type == "cpu":
         console.line(f"verify: {config.arch} in {amp} on a CPU: about two minutes for resnet8_half, an hour for others")
-    verdict = verify(config, recipe, amp, dataset, device, console)
+    with enough_memory(lambda: f"Take a smaller --batch-size than {config.batch_size}"):
+        verdict = verify(config, recipe, amp, dataset, device, console)
     certificate = {
         "arch": config.arch,
         "normalize": config.normalize,

@@ -11,13 +11,16 @@ from torch import nn
 
 import fastafd
 from fastafd import evaluate as module
-from fastafd.attacks import run_autoattack
+from fastafd.attacks import KLPGD, PGD, run_autoattack
 from fastafd.checkpoint import fit_weights, load_weights, save_model
 from fastafd.console import Console
-from fastafd.data import load_dataset, to_unit
-from fastafd.evaluate import PGD20, evaluate
-from fastafd.models import build_model
+from fastafd.data import ArraySplit, load_dataset, to_unit
+from fastafd.evaluate import ATTACKS, PGD20, evaluate
+from fastafd.kernels import linf_step
+from fastafd.models import build_model, split
 from fastafd.pretrain import example_weights
+from fastafd.rift import choose_mixture
+from fastafd.samples import save_samples
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,74 @@ def test_counts_are_those_of_a_plain_loop(classifier, digits):
     assert result["pgd20"]["correct"] == correct
     assert result["pgd20"]["accuracy"] == correct / 50 < result["clean"]["accuracy"]
     assert (PGD20.eps, PGD20.step_size, PGD20.steps, PGD20.random_start) == (8 / 255, 0.003, 20, True)
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """The namespaces of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.namespaces = set()
+
+    def __torch_dispatch__(self, function, types, operands=(), named=None):
+        self.namespaces.add(function.namespace)
+        return function(*operands, **(named or {}))
+
+
+@pytest.mark.parametrize("what", ["evaluation", "samples", "choice of RiFT", "PGD", "KLPGD"])
+def test_no_kernel_of_fastafd_runs(what, classifier, digits, tmp_path):
+    """Reported robustness must not depend on a fast path: plain PyTorch alone, whatever the device."""
+    x, y = to_unit(torch.from_numpy(digits.test.images(np.arange(8)))), torch.from_numpy(digits.test.labels[:8])
+    held = ArraySplit(digits.test.images(np.arange(8)), digits.test.labels[:8])
+    run = {
+        "evaluation": lambda: evaluate(classifier, digits.test, ATTACKS, n=8, autoattack_n=2, console=Console()),
+        "samples": lambda: save_samples(tmp_path / "samples.npz", split(classifier), digits.test, 8, 0),
+        "choice of RiFT": lambda: choose_mixture(classifier, classifier, held, PGD(steps=2), 0.1, 0, Console()),
+        "PGD": lambda: PGD(steps=2)(classifier, x, y),
+        "KLPGD": lambda: KLPGD(steps=2)(classifier, x, y),
+    }[what]
+    with Operations() as operations:
+        run()
+    assert operations.namespaces <= {"aten", "prim", "profiler"} and "aten" in operations.namespaces
+    with Operations() as operations:  # which sees a kernel where there is one
+        linf_step(x.clone(), x, x, 0.1, 0.1)
+    assert "fastafd" in operations.namespaces
+
+
+@pytest.mark.parametrize(
+    "model, wrong",
+    [
+        ("classifier", False),
+        ("masked", True),  # no gradient reaches the image
+        ("saturated", True),  # in fp32 the loss is 0 whatever the pixels
+    ],
+)
+def test_an_attack_that_raises_no_loss_is_named(model, wrong, classifier, digits, capsys):
+    net = {
+        "classifier": classifier,
+        "masked": nn.Sequential(Rounded(), classifier),
+        "saturated": nn.Sequential(classifier, Scaled(1e6)),
+    }[model]
+    predicted = classifier(to_unit(torch.from_numpy(digits.test.images()))).argmax(1).numpy()
+    kept = np.flatnonzero(predicted == digits.test.labels)
+    test = ArraySplit(digits.test.images(kept), digits.test.labels[kept])
+    result = evaluate(net, test, ("clean", "pgd20"), n=40, autoattack_n=0, console=Console())
+    said = "the attack has not raised the mean loss" in capsys.readouterr().err
+    assert said == wrong == ("warnings" in result["pgd20"]) and "warnings" not in result["clean"]
+
+
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x.round()
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, z):
+        return self.factor * z
 
 
 def test_whole_split_needs_no_indices(classifier, digits):

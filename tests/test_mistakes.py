@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -225,6 +227,40 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     argv = ["--recipe", "digits", "--pretrain.epochs", "0", "--out", tmp_path / "file" / "run"]
     assert "out:" in line_of(train.main, argv, capsys)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+@pytest.mark.parametrize("what", ["lines", "mistake", "table"])
+def test_a_reader_that_goes_away_gets_no_traceback(what, closed):
+    """As in `fastafd ... | head`, also where what is printed is still in Python's buffer at the end."""
+    code = """
+import sys
+from fastafd import cli
+from fastafd.console import Console
+from fastafd.settings import UsageError
+def main(argv):
+    if argv[0] == "lines":
+        for _ in range(100_000):
+            print("a line")
+    elif argv[0] == "table":
+        Console().table("title", ["a"], [["b"]])
+    else:
+        print("a line")
+        raise UsageError("a mistake")
+sys.stdin.read()
+cli.run(main, sys.argv[1:])
+"""
+    stderr = subprocess.STDOUT if closed == "both" else subprocess.PIPE
+    command = [sys.executable, "-c", code, what]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
+    process = subprocess.Popen(command, **pipes, text=True, env=environment)
+    process.stdout.close()
+    process.stdin.close()
+    said = "" if closed == "both" else process.stderr.read()
+    assert process.wait() == (2 if what == "mistake" else 1)
+    assert "Traceback" not in said and "BrokenPipe" not in said and "Exception ignored" not in said
+    assert ("a mistake" in said) == (what == "mistake" and closed == "stdout")
 
 
 def test_a_pretraining_folder_is_not_taken_for_another_model(tmp_path, capsys):

@@ -18,6 +18,7 @@ import fastafd
 from fastafd import train
 from fastafd.checkpoint import load_run
 from fastafd.settings import RunError, UsageError
+from fastafd.step import TrainStep
 
 # 240 images of 8x8 pixels, 15 steps an epoch
 SMALL = (
@@ -194,6 +195,60 @@ def test_a_later_bad_loss_is_named_exactly_and_the_last_good_state_kept(whole_ru
     with pytest.raises(RunError, match=r"at step 18; .*keeps the last good"):
         train.main(arguments(digit_tree, out))
     assert load_run(out / "last.pt")["progress"]["steps"] == 15  # the end of the first epoch
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which "
+                "12.50 MiB is free. Including non-PyTorch memory, this process has 79.09 GiB memory in use."
+            ),
+            "out of GPU memory: asked for 20.00 MiB, 12.50 MiB free. Take",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "out of GPU memory. Take",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 4000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "out of memory: asked for 4000000000 bytes. Take",
+        ),
+        (MemoryError(), "out of memory. Take"),
+    ],
+)
+def test_out_of_memory_says_what_to_do_and_the_last_state_stays(
+    error, words, whole_run, digit_tree, tmp_path, monkeypatch
+):
+    step, calls = TrainStep.__call__, []
+
+    def fails(self, *batch, **named):
+        calls.append(1)
+        if len(calls) == 18:
+            raise error
+        return step(self, *batch, **named)
+
+    monkeypatch.setattr(TrainStep, "__call__", fails)
+    out = tmp_path / "full"
+    with pytest.raises(RunError) as stopped:
+        train.main(arguments(digit_tree, out))
+    said = str(stopped.value)
+    assert words in said and "a smaller --batch-size than 16, or 16 bits (--amp bf16)" in said
+    assert said.endswith(f"{out / 'last.pt'} keeps the last good state")
+    assert load_run(out / "last.pt")["progress"]["steps"] == 15
+
+
+def test_another_error_of_a_step_stays_what_it_is(whole_run, digit_tree, tmp_path, monkeypatch):
+    def fails(self, *batch, **named):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(TrainStep, "__call__", fails)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train.main(arguments(digit_tree, tmp_path / "wrong"))
 
 
 def test_the_teacher_is_part_of_the_run(whole_run, digit_tree, tmp_path, monkeypatch, capsys):
