@@ -45,6 +45,7 @@ from fastafd.certificate import (
     float64_rows,
     graph_rows,
     kernel_rows,
+    limits,
     update_rows,
     values_of,
 )
@@ -65,6 +66,7 @@ from fastafd.settings import RunError, UsageError, cache_dir, check, choice, num
 from fastafd.step import Inputs, TrainStep
 
 NATURAL, BEFORE = 20, 5  # steps of natural training, then of the recipe, before the first comparison
+AUGMENTATION = 4, True  # padding of the crop, flip; whatever the data set is trained with
 IN_FLOAT64 = 3  # comparisons of float64, in which nothing is a matter of chance
 Batch = tuple[Tensor, Tensor]
 
@@ -155,7 +157,8 @@ def verify(
 
         def prepared(engine: str, amp: str, dtype: torch.dtype) -> TrainStep:
             task = replace(recipe.task, amp=amp, engine=engine, seed=config.seed)
-            start, augment = copy.deepcopy(natural).to(dtype), Augment(dataset.padding, dataset.flip, config.seed)
+            augment = Augment(*AUGMENTATION, config.seed)
+            start = copy.deepcopy(natural).to(dtype)
             return step_of(replace(recipe, task=task), start, loader, augment, console)
 
         exact = prepared("reference", "fp32", torch.float64)
@@ -198,10 +201,11 @@ def verify(
                 attacks_float64.append(losses)
 
     rows = float64_rows(of_compiled, attacks_float64)
-    rows += attack_rows(attacks, amp) + update_rows(of_eager, of_fast, amp)
+    allowed = limits(amp, device)
+    rows += attack_rows(attacks, allowed) + update_rows(of_eager, of_fast, allowed)
     rows += kernel_rows(kernels)
     if fast.graphs is not None:
-        rows += graph_rows(of_eager, of_graph, amp, config.comparisons - fast.graphs.replays)
+        rows += graph_rows(of_eager, of_graph, allowed, config.comparisons - fast.graphs.replays)
     return {"verified": all(row["ok"] for row in rows), "kernels": watch.counts, "rows": rows}
 
 
@@ -234,7 +238,7 @@ def trained_naturally(config: VerifyConfig, dataset: Dataset, batches: list[Batc
     """A classifier that is no longer at its initial weights and statistics."""
     torch.manual_seed(config.seed)
     net = build_model(config.arch, len(dataset.classes), config.normalize).to(batches[0][0].device)
-    augment = Augment(dataset.padding, dataset.flip, config.seed)
+    augment = Augment(*AUGMENTATION, config.seed)
     step = TrainStep(net, make_sgd(net, 0.05, 0.9, 5e-4), Natural(), amp="fp32", engine="reference", augment=augment)
     for batch in batches:
         step(*batch)

@@ -1,0 +1,126 @@
+"""How often `fastafd.verify` raises a false alarm, and which planted faults it finds.
+
+    python -m benchmarks.verify_rates --runs 50 [--arch resnet8_half wrn10_1] [--amp fp32 bf16 fp16] [--out FILE]
+    python -m benchmarks.verify_rates --faults [--amp fp32 bf16]
+
+Runs without a fault differ in the seed of weights, batches and attack's starts; networks and types of arithmetic take
+turns. Each fault of `benchmarks.faults` is planted once in each type; it counts as found where the certificate fails in
+the group where it stands. FILE is by default benchmarks/results/verify-rates-cpu.json, or verify-faults-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.faults import FAULTS
+from benchmarks.kernels import device_name
+from fastafd import verify
+from fastafd.files import as_json, save_text
+from fastafd.settings import RunError
+
+HERE = Path(__file__).parent
+
+
+def certificate(*flags: object) -> dict[str, Any]:
+    """What `python -m fastafd.verify` writes with these flags, verified or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "certificate.json"
+        try:
+            verify.main([*map(str, flags), "--out", str(out)])
+        except RunError:
+            if not out.exists():
+                raise
+        return json.loads(out.read_text())
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """The fast engine's parts as they are written, for faults that do not depend on the compiler: in seconds."""
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        yield
+
+
+def far(found: dict[str, Any]) -> list[str]:
+    """The groups of a certificate in which a quantity is too far."""
+    return list(dict.fromkeys(row["group"] for row in found["rows"] if not row["ok"]))
+
+
+def nearest(found: dict[str, Any]) -> dict[str, float]:
+    """By group the largest share of its limit that a quantity takes, where limits are above zero."""
+    shares: dict[str, float] = {}
+    for row in found["rows"]:
+        if row["limit"]:
+            shares[row["group"]] = round(max(shares.get(row["group"], 0.0), row["fast"] / row["limit"]), 4)
+    return shares
+
+
+def false_alarms(runs: int, arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
+    kinds = [(arch, amp) for arch in arches for amp in amps]
+    for index in range(runs):
+        (arch, amp), turn = kinds[index % len(kinds)], seed + index // len(kinds)
+        found = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn)
+        kind = {"arch": arch, "amp": amp, "seed": turn, "seconds": found["seconds"]}
+        yield kind | {"false_alarm": not found["verified"], "far": far(found), "share_of_limit": nearest(found)}
+
+
+def planted(arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
+    for arch in arches:
+        for amp in amps:
+            for name, fault in FAULTS.items():
+                with uncompiled(), fault.plant():
+                    size = ("--batch-size", 8, "--comparisons", 5, "--seed", seed, "--device", device)
+                    found = certificate("--arch", arch, "--amp", amp, "--recipe", fault.recipe, *size)
+                groups = far(found)
+                right = found["verified"] if not fault.group else any(g.startswith(fault.group) for g in groups)
+                yield {"fault": name, "arch": arch, "amp": amp, "right": right, "far": groups}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.verify_rates", description=str(__doc__).splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--runs", type=int, help="certificates without a fault")
+    what.add_argument("--faults", action="store_true", help="every fault once")
+    parser.add_argument("--arch", nargs="+", default=["resnet8_half"], help="networks")
+    parser.add_argument("--amp", nargs="+", default=["fp32", "bf16", "fp16"], help="types of arithmetic")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    given = parser.parse_args(argv)
+    began, rows = time.monotonic(), []
+    out = given.out or HERE / "results" / f"verify-{'faults' if given.faults else 'rates'}-cpu.json"
+    device = verify.resolve_device(given.device)
+    about = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
+    made = (
+        planted(given.arch, given.amp, str(device), given.seed)
+        if given.faults
+        else false_alarms(given.runs, given.arch, given.amp, str(device), given.seed)
+    )
+    for row in made:
+        rows.append(row)
+        save_text(out, as_json({**about, "seconds": round(time.monotonic() - began), "rows": rows}) + "\n")
+    if given.faults:
+        wrong = [row for row in rows if not row["right"]]
+        print(f"{len(rows) - len(wrong)} of {len(rows)} planted faults and runs without one are judged rightly")
+    else:
+        wrong = [row for row in rows if row["false_alarm"]]
+        print(f"{len(wrong)} false alarms in {len(rows)} runs")
+    for row in wrong:
+        print(row)
+    print(f"all of it in {out}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
