@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from tiny import CLASSES, Wilful, afd_step, assert_close, batches, state_of, tiny, unsettled
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastafd
+from benchmarks.faults import kernels_on_a_cpu
+from benchmarks.verify_rates import uncompiled
 from fastafd.console import Console
 from fastafd.ema import EMA
 from fastafd.engine import Compiled
+from fastafd.kernel_checks import Watch
 from fastafd.methods import Natural
+from fastafd.models import split
 from fastafd.optim import make_sgd
+from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
 from fastafd.step import TrainStep
 
@@ -111,6 +122,77 @@ def test_the_average_compiled_with_a_tensor_weight():
     assert step.ema.module.backbone.bn1.num_batches_tracked == 4
     for a, b in zip(average.module.state_dict().values(), step.ema.module.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Reads(TorchDispatchMode):
+    """Notes operations that read the teacher's features while its stream has not been waited for."""
+
+    def __init__(self, engine):
+        super().__init__()
+        self.engine, self.teacher_features = engine, engine.teacher_features
+        self.features, self.early, self.reads = [], [], 0
+        engine.teacher_features = self.teach
+
+    def teach(self, x):
+        self.features.append(self.teacher_features(x))
+        return self.features[-1]
+
+    def __torch_dispatch__(self, function, types, operands=(), named=None):
+        reads = any(operand is features for operand in operands for features in self.features)
+        self.reads += reads
+        if reads and self.engine._teaching:
+            self.early.append(str(function))
+        return function(*operands, **(named or {}))
+
+
+@pytest.mark.parametrize("recipe", ["released", "afkd", "arrest", "vaft"])
+def test_nothing_reads_the_teachers_features_before_its_stream_is_waited_for(recipe, monkeypatch):
+    """By stand-ins for streams, with a probe and without one, as where there is no graph."""
+    waits = []
+    here = SimpleNamespace(wait_stream=lambda other: waits.append((here, other)))
+    side = SimpleNamespace(wait_stream=lambda other: waits.append((side, other)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    config = find_recipe(recipe)
+    with uncompiled():
+        net = tiny()
+        model = fastafd.disentangle(net) if config.method.disentangled else split(net)
+        attack = replace(config.attack, steps=2)
+        step = TrainStep(
+            model, make_sgd(model, 0.1, 0.9, 0.0), config.method, teacher=net, attack=attack, engine="fast", per_epoch=1
+        )
+        step.engine.side = side
+        with Reads(step.engine) as reads:
+            for index, batch in enumerate(batches(2)):
+                step(*batch, probe=index == 1)
+    assert reads.reads and not reads.early
+    taught = 2 if config.method.uses_teacher else 1  # by the probe alone
+    assert waits == taught * [(side, here), (here, side)]
+
+
+def test_cudnn_may_try_its_algorithms_where_there_is_no_graph():
+    def tried(engine):
+        step, seen = afd_step(tiny(), engine), []
+        with mock.patch.object(step, "_attacked", lambda x, inputs: seen.append(torch.backends.cudnn.benchmark) or x):
+            step(*batches(1)[0])
+        return seen
+
+    with uncompiled():
+        assert tried("reference") == [False] and tried("fast") == [True]
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_the_reference_engine_launches_no_kernel():
+    """Where operations launch kernels, plain PyTorch must not: else a wrong kernel would prove itself right."""
+    with kernels_on_a_cpu(), uncompiled():
+        launches = {}
+        for engine in ("reference", "fast"):
+            step, watch = afd_step(tiny(dtype=torch.float32), engine), Watch()
+            with watch():
+                step(*batches(1)[0], probe=True)
+            launches[engine] = watch.counts
+    assert launches["reference"] == {}
+    assert launches["fast"] == {"augment": 1, "attack_head": 2, "linf_step": 2, "afd_loss": 1, "afd_gradients": 1}
 
 
 def test_an_update_that_fp16_skips_leaves_momentum_as_it_was():
