@@ -119,8 +119,9 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
         return statistics.median(seconds_of(part, device) for _ in range(rounds))
 
     found = {"drawing": by_hand(lambda: step._inputs(*batch))}
-    for name, part in parts.items():
-        found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
+    with engine.launching():
+        for name, part in parts.items():
+            found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
     return found
 
 
