@@ -12,7 +12,7 @@ from conftest import ROOT
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     ["settings", "kernels", "timing", "console", "paper", "charts"],
-    ["files"],
+    ["files", "kernel_checks"],
     ["runs"],
     ["figures"],
     ["page"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["config", "engine"],
     ["recipes"],
     ["step"],
-    ["afd_step", "fast_at"],
+    ["afd_step", "fast_at", "certificate"],
     ["loop"],
     ["cli"],
     ["report"],
