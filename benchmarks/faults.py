@@ -103,7 +103,13 @@ def with_gradient(factor: float, only: torch.dtype | None = None) -> Callable[..
         weight = next(self.model.parameters())
         out = right(self, batch)
         if only is None or weight.dtype == only:
-            handle = weight.register_hook(lambda grad: (handle.remove(), factor * grad)[1])
+            hooks: list[Any] = []
+
+            def longer(grad: Tensor) -> Tensor:
+                hooks[0].remove()
+                return factor * grad
+
+            hooks.append(weight.register_hook(longer))
         return out
 
     return change

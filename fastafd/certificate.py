@@ -12,7 +12,9 @@ the limit is 1e-9.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -124,6 +126,16 @@ class Distances:
                 self.slopes[name].append(float(((value - exact[name]) * exact[name]).sum()) / length**2)
 
 
+def largest(values: list[float]) -> float:
+    """NaN if one of them is."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+def middle(values: list[float]) -> float:
+    """The median; NaN if one of them is."""
+    return math.nan if any(map(math.isnan, values)) else median(values)
+
+
 def row(group: str, quantity: str, eager: float | None, fast: float, limit: float) -> Row:
     """eager None: there is nothing to compare with. A NaN is beyond every limit."""
     return {"group": group, "quantity": quantity, "eager": eager, "fast": fast, "limit": limit, "ok": fast <= limit}
@@ -132,13 +144,19 @@ def row(group: str, quantity: str, eager: float | None, fast: float, limit: floa
 def float64_rows(compiled: Distances, attacks: list[dict[str, float]]) -> list[Row]:
     """The fast engine in float64, where nothing is a matter of chance: of every quantity the largest distance."""
     rows = [
-        row("float64, augmentation", "share of other pixels", None, max(a["compiled augmented"] for a in attacks), 0.0),
+        row(
+            "float64, augmentation",
+            "share of other pixels",
+            None,
+            largest([a["compiled augmented"] for a in attacks]),
+            0.0,
+        ),
         # The sign of a gradient that is zero but for roundings decides a pixel.
-        row("float64, attack", "share of other pixels", None, max(a["compiled attacked"] for a in attacks), 1e-4),
+        row("float64, attack", "share of other pixels", None, largest([a["compiled attacked"] for a in attacks]), 1e-4),
     ]
     for name, distances in compiled.of.items():
         group, quantity = name.split(": ")
-        rows.append(row(f"float64, {group}", quantity, None, max(distances), FLOAT64))
+        rows.append(row(f"float64, {group}", quantity, None, largest(distances), FLOAT64))
     return rows
 
 
@@ -147,10 +165,10 @@ def update_rows(eager: Distances, fast: Distances, limits: dict[str, Limit]) -> 
     rows = []
     for name, distances in fast.of.items():
         group, quantity = name.split(": ")
-        of_both = median(eager.of[name]), median(distances)
+        of_both = middle(eager.of[name]), middle(distances)
         rows.append(row(group, quantity, *of_both, limits[group].of(of_both[0])))
     for name, slopes in fast.slopes.items():
-        of_both = abs(median(eager.slopes[name])), abs(median(slopes))
+        of_both = abs(middle(eager.slopes[name])), abs(middle(slopes))
         limit = limits["gradients' lengths"].of(of_both[0])
         rows.append(row("gradients' lengths", name.split(": ")[1], *of_both, limit))
     return rows
@@ -181,6 +199,7 @@ def kernel_rows(comparisons: list[dict[str, dict[str, Deviation]]]) -> list[Row]
     for name in dict.fromkeys(name for kernels in comparisons for name in kernels):
         of_kernel = [kernels[name] for kernels in comparisons if name in kernels]
         for result in of_kernel[0]:
-            middle = max if name in BIT_FOR_BIT else median
-            rows.append(row(f"kernel {name}", result, *(middle(d[result][i] for d in of_kernel) for i in range(3))))
+            of_all: Callable[[list[float]], float] = largest if name in BIT_FOR_BIT else middle
+            eager, fused, limit = (of_all([d[result][i] for d in of_kernel]) for i in range(3))
+            rows.append(row(f"kernel {name}", result, eager, fused, limit))
     return rows

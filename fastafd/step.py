@@ -86,6 +86,7 @@ class TrainStep:
 
         self.fast = engine_of(method, engine, self.device, self.console) == "fast"
         self.graphs: Graphs | None = None
+        self._state: Any = None  # the optimizer's, as it was recorded
         self.engine: Engine
         if not self.fast:
             self.engine = Reference(model, method, frozen, self.attack, attack_bn, self.ema, amp)
@@ -149,7 +150,7 @@ class TrainStep:
         in_place = restore(self.optimizer, state["optimizer"])
         if self.fast:
             fuse(self.optimizer)
-        if self.graphs is not None and in_place:
+        if in_place:
             self._state = self.optimizer.state  # recordings still hold its tensors
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
@@ -308,7 +309,6 @@ class TrainStep:
         self.graphs = graphs
         self._weight = torch.zeros((), device=self.device)
         self._rates: list[Tensor] = []
-        self._state: Any = None  # the optimizer's, as it was recorded
         self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
 
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:

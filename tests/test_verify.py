@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,18 @@ from test_graphs import OnTheCPU
 from benchmarks.faults import FAULTS
 from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
-from fastafd.certificate import LIMITS, Distances, Limit, attack_rows, limits, row, update_rows
+from fastafd.certificate import (
+    LIMITS,
+    Distances,
+    Limit,
+    attack_rows,
+    float64_rows,
+    largest,
+    limits,
+    middle,
+    row,
+    update_rows,
+)
 from fastafd.fine_tuning import step_of
 from fastafd.kernel_checks import Launch, deviations, nearly_tied
 from fastafd.kernels.lazy import OPERATIONS
@@ -143,6 +155,17 @@ def test_one_flip_does_not_decide_and_a_median_does():
     assert not rows([small] * 5, [wrong] * 5)
     assert not rows([0.5] * 5, [0.5] * 5)  # eager as wrong as that is no excuse
     assert not rows([small] * 5, [float("nan")] * 5)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_no_nan_is_lost(place):
+    values = [1e-16, 2e-16, 3e-16]
+    values[place] = float("nan")
+    assert math.isnan(largest(values)) and math.isnan(middle(values))
+    distances = Distances()
+    distances.of["gradients: w"] = values
+    attack = {"compiled augmented": 0.0, "compiled attacked": 0.0}
+    assert [one["ok"] for one in float64_rows(distances, [attack])] == [True, True, False]
 
 
 def test_a_limit_is_twice_eagers_and_an_allowance_below_a_ceiling():
