@@ -184,11 +184,11 @@ def attack_rows(attacks: list[dict[str, float]], limits: dict[str, Limit]) -> li
     """The mean loss that the attack reaches, relative to what float64's gains, and the shares of other pixels."""
     mean = {name: sum(a[name] for a in attacks if name in a) / len(attacks) for name in attacks[-1]}
     gain = abs(mean["exact loss"] - mean["clean loss"]) or 1.0
-    loss = [abs(mean[f"{name} loss"] - mean["exact loss"]) / gain for name in ("eager", "fast")]
+    eager, fast = (abs(mean[f"{name} loss"] - mean["exact loss"]) / gain for name in ("eager", "fast"))
     other = mean["eager attacked"], mean["fast attacked"]
     return [
         row("augmentation", "share of other pixels", mean["eager augmented"], mean["fast augmented"], 0.0),
-        row("attack", "mean cross-entropy", *loss, limits["attack's loss"].of(loss[0])),
+        row("attack", "mean cross-entropy", eager, fast, limits["attack's loss"].of(eager)),
         row("attack", "share of other pixels", *other, limits["attack's pixels"].of(other[0])),
     ]
 
