@@ -31,7 +31,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
     return [
         Part("tests", python("pytest", *pytest, *tests), 120),
         Part("numerics", python("pytest", *pytest, "tests/test_kernel_numerics.py"), 60, slow),
-        Part("verify", python("fastafd.verify", *small, *few, *verify), 150),
+        Part("verify", python("fastafd.verify", *small, *few, *verify), 240),
         Part(
             "epoch-resnet18",
             python("benchmarks.epoch_time", *times, "--arch", "resnet18", "--tasks", "afd", *first),
