@@ -68,7 +68,7 @@ LIMITS = {
     "bf16": {
         "loss terms": Limit(5e-3, 5e-2),
         "gradients": Limit(5e-2, 0.7),
-        "gradients' lengths": Limit(2e-2, 0.2),
+        "gradients' lengths": Limit(4e-2, 0.3),
         "BatchNorm buffers": Limit(1e-3, 1e-2),
         "weights": Limit(2e-3, 2e-2),
         "averages": Limit(2e-3, 2e-2),

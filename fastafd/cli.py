@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from fastafd.engine import enough_memory
 from fastafd.files import save_text
 from fastafd.loop import Stopped
 from fastafd.settings import RunError, UsageError, switch
@@ -118,7 +119,8 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     """Run a verb: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving. One line for each but 0."""
     try:
         _stop_on_signals()
-        main(argv)
+        with enough_memory(lambda: "Take a smaller --batch-size, or end what else uses it"):
+            main(argv)
         sys.stdout.flush()  # here, where a pipe that nobody reads any more is no traceback
         code, line = 0, ""
     except UsageError as error:

@@ -229,6 +229,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert "out:" in line_of(train.main, argv, capsys)
 
 
+def test_out_of_memory_outside_a_step_is_one_line(capsys):
+    def main(argv):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    line = line_of(main, [], capsys, code=1)
+    assert line.startswith("error: out of GPU memory: asked for 2.00 GiB. Take a smaller --batch-size")
+
+
 @pytest.mark.parametrize("closed", ["stdout", "both"])
 @pytest.mark.parametrize("what", ["lines", "mistake", "table"])
 def test_a_reader_that_goes_away_gets_no_traceback(what, closed):
