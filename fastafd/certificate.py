@@ -42,8 +42,9 @@ class Limit:
         return min(2 * eager + self.allowance, self.ceiling)
 
 
-# By arithmetic and group. On a CPU `benchmarks.verify_rates` has shown what medians of right steps are: the allowances
-# are some five times, the ceilings some ten times the largest (benchmarks/results/verify-rates-cpu.json).
+# By arithmetic and group, from what right steps do (`benchmarks.verify_rates`): three times the largest of them and more.
+# 16 bits need much: the weights that attack and teacher round are folded in one step and not in the other, so that both
+# are off in a way of their own that no number of comparisons averages out.
 LIMITS = {
     "fp32": {
         "loss terms": Limit(1e-5, 1e-4),
@@ -56,24 +57,24 @@ LIMITS = {
         "attack's pixels": Limit(0.02, 0.1),
     },
     "fp16": {
-        "loss terms": Limit(1e-3, 1e-2),
-        "gradients": Limit(2e-2, 0.3),
-        "gradients' lengths": Limit(1e-2, 0.1),
-        "BatchNorm buffers": Limit(2e-4, 2e-3),
-        "weights": Limit(1e-3, 1e-2),
-        "averages": Limit(1e-3, 1e-2),
-        "attack's loss": Limit(0.02, 0.1),
-        "attack's pixels": Limit(0.05, 0.5),
-    },
-    "bf16": {
-        "loss terms": Limit(5e-3, 5e-2),
-        "gradients": Limit(5e-2, 0.7),
-        "gradients' lengths": Limit(4e-2, 0.3),
-        "BatchNorm buffers": Limit(1e-3, 1e-2),
+        "loss terms": Limit(3e-3, 3e-2),
+        "gradients": Limit(5e-2, 0.3),
+        "gradients' lengths": Limit(4e-2, 0.2),
+        "BatchNorm buffers": Limit(3e-4, 3e-3),
         "weights": Limit(2e-3, 2e-2),
         "averages": Limit(2e-3, 2e-2),
         "attack's loss": Limit(0.03, 0.15),
         "attack's pixels": Limit(0.1, 0.6),
+    },
+    "bf16": {
+        "loss terms": Limit(2e-2, 0.1),
+        "gradients": Limit(0.15, 0.7),
+        "gradients' lengths": Limit(0.12, 0.5),
+        "BatchNorm buffers": Limit(2e-3, 2e-2),
+        "weights": Limit(5e-3, 5e-2),
+        "averages": Limit(5e-3, 5e-2),
+        "attack's loss": Limit(0.05, 0.25),
+        "attack's pixels": Limit(0.15, 0.75),
     },
 }
 
