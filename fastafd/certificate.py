@@ -42,7 +42,7 @@ class Limit:
         return min(2 * eager + self.allowance, self.ceiling)
 
 
-# By arithmetic and group, from what right steps do (`benchmarks.verify_rates`): three times the largest of them and more.
+# By arithmetic and group, from what right steps do (`benchmarks.verify_rates`): some three times the largest of them.
 # 16 bits need much: the weights that attack and teacher round are folded in one step and not in the other, so that both
 # are off in a way of their own that no number of comparisons averages out.
 LIMITS = {
