@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo.device_interface
+import torch._inductor.runtime.triton_helpers
 import torch._inductor.utils
 from torch import nn
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
@@ -103,6 +104,7 @@ def of_compilers() -> Iterator[Any]:
     import triton
 
     yield mock.patch.object(triton.runtime.driver, "_active", Driver())
+    yield mock.patch.object(torch._inductor.runtime.triton_helpers, "set_driver_to_gpu", lambda: None)
     interface = torch._dynamo.device_interface.CudaInterface
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,

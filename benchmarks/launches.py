@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ class Operand(NamedTuple):
         return math.prod(d for d, step in zip(self.shape, self.stride) if step) * self.dtype.itemsize
 
     @property
+    def layout(self) -> tuple[tuple[int, int], ...]:
+        """Size and stride of every dimension that has more than one element."""
+        return tuple((d, step) for d, step in zip(self.shape, self.stride) if d > 1)
+
+    @property
     def channels_last(self) -> bool:
         """Or of no layout of its own: not of four dimensions, without channels or pixels, or an image of bytes."""
         if len(self.shape) != 4 or self.dtype == torch.uint8 or 1 in (self.shape[1], self.shape[2] * self.shape[3]):
@@ -87,7 +93,10 @@ class Launch:
         return max(self.flops / PEAK, self.bytes / BANDWIDTH)
 
     def moves(self, sources: dict[str, str]) -> str:
-        """ "cast", "permuted" or "copied" of a launch that computes nothing, else "". sources: of Inductor's kernels."""
+        """What a launch does that computes nothing, "cast", "permuted", both or "copied", else "".
+
+        sources: of Inductor's kernels.
+        """
         if self.kind == "Triton":
             lines = re.findall(r"tmp\d+ = (.*)", sources[self.name])
             if not all(re.fullmatch(r"tl\.load\(.*|tmp\d+(\.to\(.*\))?", line) for line in lines):
@@ -96,9 +105,9 @@ class Launch:
             return ""
         if not self.reads:
             return ""
-        if {o.dtype for o in self.reads} != {o.dtype for o in self.writes}:
-            return "cast"
-        return "copied" if {o.stride for o in self.reads} == {o.stride for o in self.writes} else "permuted"
+        cast = {o.dtype for o in self.reads} != {o.dtype for o in self.writes}
+        permuted = {o.layout for o in self.reads} != {o.layout for o in self.writes}
+        return " and ".join(["cast"] * cast + ["permuted"] * permuted) or "copied"
 
 
 def operand(tensor: Tensor) -> Operand:
@@ -207,7 +216,9 @@ class Recorder(FakeTensorMode):
     def recording(self) -> Iterator[None]:
         """Inductor's kernels come here meanwhile, made anew whatever a cache holds."""
         fresh = torch._inductor.config.patch(compile_threads=1, force_disable_caches=True)
-        with self, fresh, mock.patch.object(AsyncCompile, "triton", lambda *of, **named: self.triton(*of, **named)):
+        noted = mock.patch.object(AsyncCompile, "triton", lambda *of, **named: self.triton(*of, **named))
+        with self, fresh, noted, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
             yield
 
 
