@@ -32,6 +32,8 @@ from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+# Inductor's: small kernels that do not need each other become one launch, of weights that are cast or folded, say.
+COMBINED = {"combo_kernels": True, "combo_kernel_foreach_dynamic_shapes": False}
 
 
 class Engine(Protocol):
@@ -141,7 +143,7 @@ class Fast:
                 )
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
-            self.refresh = Compiled("the snapshot", self.snapshot.refresh, console)
+            self.refresh = Compiled("the snapshot", self.snapshot.refresh, console, options=COMBINED)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
             if self.snapshot.reason is None:
                 self._gradient = Compiled("the attack", self.snapshot.gradient, console, in_pieces=False)
@@ -154,10 +156,15 @@ class Fast:
             self._teacher = (
                 Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
             )
-        self._loss = Compiled("the update", self._forward, console)
+        self._f1 = self.snapshot.f1 if self.snapshot is not None else None
+        if self.snapshot is not None and method.replays_noise:  # else it is for a probe now and then
+            self._f1 = Compiled("f1", self.snapshot.f1, console)
+        self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
         if ema is not None:  # on a CPU it is one call already
-            self._average = Compiled("the average", ema.move, console) if self.device.type == "cuda" else ema.move
+            self._average = (
+                Compiled("the average", ema.move, console, options=COMBINED) if self.device.type == "cuda" else ema.move
+            )
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._teaching = False  # whether something runs there that `loss` has to wait for
 
@@ -170,10 +177,13 @@ class Fast:
             return self._teacher(x)
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        assert self.attack is not None
+        assert self.attack is not None and self.snapshot is not None
         self.refresh()
+        leaf = self.snapshot.leaf or x.dtype
         with autocast(self.device, self.amp):
-            return self.attack.climb(lambda x_adv: self._gradient(x_adv, y), x, noise)
+            return self.attack.climb(
+                lambda x_adv: self._gradient(x_adv.detach().to(leaf).requires_grad_(), y), x, noise
+            )
 
     def loss(self, batch: Batch) -> Loss:
         self.join()
@@ -194,9 +204,9 @@ class Fast:
 
     @torch.no_grad()
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.snapshot is not None
+        assert self._f1 is not None
         with autocast(self.device, self.amp):
-            return self.snapshot.f1(x)
+            return self._f1(x)
 
     def _forward(self, batch: Batch) -> Loss:
         with autocast(self.device, self.amp):
@@ -209,9 +219,18 @@ class Compiled:
     Where that cannot be done a line says why, and it is compiled in pieces, or with `in_pieces` false not at all.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], console: Console, in_pieces: bool = True):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        console: Console,
+        in_pieces: bool = True,
+        options: dict[str, Any] | None = None,
+    ):
+        """options: of Inductor, beside its own."""
         self.name, self.original, self.console, self.in_pieces = name, function, console, in_pieces
-        self.function = torch.compile(function, fullgraph=True, dynamic=False)
+        self.options = options
+        self.function = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *inputs: Any) -> Any:
         # A recompile is one for each step object in the process and for each shape, not for each call.
@@ -221,7 +240,9 @@ class Compiled:
             except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
                 how = "is compiled in pieces" if self.in_pieces else "runs uncompiled"
                 self.console.line(f"{self.name} {how}: {str(error).strip().splitlines()[0]}")
-                self.function = torch.compile(self.original, dynamic=False) if self.in_pieces else self.original
+                self.function = self.original
+                if self.in_pieces:
+                    self.function = torch.compile(self.original, dynamic=False, options=self.options)
                 return self.function(*inputs)
 
 
