@@ -41,8 +41,10 @@ MODELS = {
 }
 
 
-def step_on_nothing(arch: str, config: Any, batch: int, side: int, classes: int, recorder: Any) -> None:
-    """Run the step of a recipe twice, once to compile it and once for `recorder` to note; under `fake_gpu`."""
+def step_on_nothing(
+    arch: str, config: Any, batch: int, side: int, classes: int, recorder: Any, amp: str = "bf16"
+) -> tuple[Any, tuple[Any, ...]]:
+    """The step of a recipe, whose parts `recorder` tells apart, and inputs for `step._recorded`; under `fake_gpu`."""
     import torch
     from torch import Tensor
 
@@ -53,7 +55,7 @@ def step_on_nothing(arch: str, config: Any, batch: int, side: int, classes: int,
 
     with torch.device("cuda"):
         net = network(arch, classes)
-    step = method_step(net, config, range(IMAGES // batch), "bf16")  # type: ignore[arg-type] # its length alone is read
+    step = method_step(net, config, range(IMAGES // batch), amp)  # type: ignore[arg-type] # its length alone is read
     noise = epoch = None
     if step.attack is not None:
         noise = empty(batch, 3, side, side).to(memory_format=torch.channels_last)
@@ -67,10 +69,7 @@ def step_on_nothing(arch: str, config: Any, batch: int, side: int, classes: int,
     step.optimizer.step = recorder.tagged("optimizer", step.optimizer.step)  # type: ignore[method-assign]
     if getattr(step.engine, "snapshot", None) is not None:
         step.engine.refresh = recorder.tagged("snapshot", step.engine.refresh)  # type: ignore[union-attr]
-    for recorder.on in (False, True):
-        with recorder.of("figures"):
-            step._recorded(images, labels, *drawn, noise, epoch)
-    recorder.on = False
+    return step, (images, labels, *drawn, noise, epoch)
 
 
 def network(arch: str, classes: int) -> Any:
@@ -101,7 +100,11 @@ def recorded(arch: str, config: Any, batch: int, side: int, classes: int) -> tup
     torch._dynamo.utils.counters.clear()
     recorder = Recorder()
     with fake_gpu(), recorder.recording():
-        step_on_nothing(arch, config, batch, side, classes, recorder)
+        step, inputs = step_on_nothing(arch, config, batch, side, classes, recorder)
+        for recorder.on in (False, True):  # the first call compiles
+            with recorder.of("figures"):
+                step._recorded(*inputs)
+        recorder.on = False
     check(recorder.launches, torch.bfloat16)
     breaks = torch._dynamo.utils.counters["graph_break"]
     return {"method": config.recipe, "graph_breaks": list(breaks), **summary(recorder, IMAGES // batch)}, recorder

@@ -32,8 +32,15 @@ from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-# Inductor's: small kernels that do not need each other become one launch, of weights that are cast or folded, say.
-COMBINED = {"combo_kernels": True, "combo_kernel_foreach_dynamic_shapes": False}
+# Inductor's options for functions of many small passes: those that do not need each other become one launch. Without the
+# limits that newer versions of PyTorch have, and passes that sum left alone.
+COMBINED = {
+    "combo_kernels": True,
+    "combo_kernels_pointwise_only": True,
+    "combo_kernel_foreach_dynamic_shapes": False,
+    "combo_kernel_max_num_nodes": 64,
+    "combo_kernel_peak_memory_pct_threshold": None,
+}
 
 
 class Engine(Protocol):
@@ -227,9 +234,10 @@ class Compiled:
         in_pieces: bool = True,
         options: dict[str, Any] | None = None,
     ):
-        """options: of Inductor, beside its own."""
+        """options: Inductor's; those that this version of PyTorch does not have are left out."""
         self.name, self.original, self.console, self.in_pieces = name, function, console, in_pieces
-        self.options = options
+        known = torch._inductor.list_options() if options else []
+        self.options = options = {key: value for key, value in (options or {}).items() if key in known}
         self.function = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -28,9 +28,9 @@ class Snapshot(nn.Module):
     """An eval-mode view of `backbone` (pooled features) and, with `classifier` and maybe `d1`, of the logits of f1.
 
     dtype: of weights and activations; float32 or wider keeps the network's own type. `reason` says why the network
-    could not be traced, or is None. `leaf` is the type that images are cast to before anything else is done with them, or
-    None: handed over in it they have the same features, and the same gradient but for its cast. Holds nothing before the
-    first `refresh`.
+    could not be traced, or is None. `leaf` is the type that images are cast to before anything else is done with them,
+    or None: handed over in it they have the same features, and the same gradient but for its cast. Holds nothing
+    before the first `refresh`.
     """
 
     d1: Tensor | None
