@@ -58,7 +58,8 @@ def step_on_nothing(
     step = method_step(net, config, range(IMAGES // batch), amp)  # type: ignore[arg-type] # its length alone is read
     noise = epoch = None
     if step.attack is not None:
-        noise = empty(batch, 3, side, side).to(memory_format=torch.channels_last)
+        dtype = next(step.model.parameters()).dtype
+        noise = empty(batch, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
     if step.method.replays_noise:
         epoch = empty(dtype=torch.int64)
     images, labels = empty(batch, side, side, 3, dtype=torch.uint8), empty(batch, dtype=torch.int64)

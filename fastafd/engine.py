@@ -32,8 +32,8 @@ from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-# Inductor's options for functions of many small passes: those that do not need each other become one launch. Without the
-# limits that newer versions of PyTorch have, and passes that sum left alone.
+# Inductor's options for functions of many small passes: those that do not need each other become one launch. Passes
+# that sum are left alone; the limits are those of newer versions of PyTorch.
 COMBINED = {
     "combo_kernels": True,
     "combo_kernels_pointwise_only": True,
