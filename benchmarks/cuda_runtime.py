@@ -44,7 +44,17 @@ def load() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "runtime.c"), Path(folder, "libcuda.so.1")
         source.write_text(SOURCE)
-        command = [compiler, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-w",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            str(library),
+            str(source),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(

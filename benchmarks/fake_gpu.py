@@ -127,12 +127,12 @@ def of_compilers() -> Iterator[Any]:
     yield mock.patch.object(torch._inductor.utils, "get_device_tflops", tflops)
     yield mock.patch.object(torch._inductor.utils, "get_gpu_dram_gbps", lambda: 3352.0)
 
-    select = torch._C._select_conv_backend
+    select, cudnn = torch._C._select_conv_backend, torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
 
     def select_conv_backend(*operands: Any, **named: Any) -> Any:
         """cuDNN: the original asks the device whether it knows bf16."""
         image = operands[0] if operands else named["input"]
-        return torch._C._ConvBackend.Cudnn if image.is_cuda else select(*operands, **named)
+        return cudnn if image.is_cuda else select(*operands, **named)
 
     yield mock.patch.object(torch._C, "_select_conv_backend", select_conv_backend)
 

@@ -49,6 +49,7 @@ def step_on_nothing(
     from torch import Tensor
 
     from benchmarks.forms import method_step
+    from fastafd.engine import Fast
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -68,8 +69,8 @@ def step_on_nothing(
     step._phases = lambda name: recorder.of({"update": "backward"}.get(name, name))  # type: ignore[assignment]
     step._loss = recorder.tagged("update", step._loss)  # type: ignore[method-assign]
     step.optimizer.step = recorder.tagged("optimizer", step.optimizer.step)  # type: ignore[method-assign]
-    if getattr(step.engine, "snapshot", None) is not None:
-        step.engine.refresh = recorder.tagged("snapshot", step.engine.refresh)  # type: ignore[union-attr]
+    if isinstance(step.engine, Fast) and step.engine.snapshot is not None:
+        step.engine.refresh = recorder.tagged("snapshot", step.engine.refresh)
     return step, (images, labels, *drawn, noise, epoch)
 
 

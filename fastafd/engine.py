@@ -163,9 +163,9 @@ class Fast:
             self._teacher = (
                 Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
             )
-        self._f1 = self.snapshot.f1 if self.snapshot is not None else None
-        if self.snapshot is not None and method.replays_noise:  # else it is for a probe now and then
-            self._f1 = Compiled("f1", self.snapshot.f1, console)
+        self._f1: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        if self.snapshot is not None:  # in every step, or in a probe now and then
+            self._f1 = Compiled("f1", self.snapshot.f1, console) if method.replays_noise else self.snapshot.f1
         self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
         if ema is not None:  # on a CPU it is one call already

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -245,6 +246,14 @@ def rsqrt(x: Any) -> Any:
     return 1.0 / tl.sqrt(x)
 
 
+def tensors_patched(tensor: Any, *of: Any) -> None:
+    """What the interpreter makes of `tl.tensor`, whose `__index__` of Triton 3.6 NumPy 2.4 does not take."""
+    PATCH(tensor, *of)
+    tensor.__index__ = lambda value: int(value.handle.data.squeeze())
+
+
 if __name__ == "__main__":
+    interpreter = import_module("triton.runtime.interpreter")
+    PATCH, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, tensors_patched
     torch._inductor.runtime.triton_helpers.libdevice.rsqrt = rsqrt
     main(Path(sys.argv[1]))

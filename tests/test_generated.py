@@ -90,6 +90,32 @@ def test_generated_kernels_build_for_every_chip_without_spills(found):
     assert not [built for built in found["builds"] if built["spills"]]
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("emulated") / "found.json"
+    done = run("tests/emulated_gpu.py", str(out))
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@needs_cuda_build
+@pytest.mark.slow
+def test_the_generated_code_computes_what_the_reference_does(computed):
+    """A whole step of AFD in float64, Inductor's kernels for CUDA in Triton's interpreter, against plain PyTorch."""
+    assert min(computed["moved"].values()) > 1e-3  # the step has moved all that is compared
+    assert max(computed["float64"].values()) < 1e-9, computed["float64"]
+
+
+@needs_cuda_build
+@pytest.mark.slow
+def test_combined_kernels_change_no_bit(computed):
+    """In bf16, where weights and gradients are cast: fewer launches, and the same weights, statistics and counters."""
+    alone, together = computed["launches"]
+    assert together < alone - 30
+    assert computed["combinations"][1] > computed["combinations"][0]
+    assert max(computed["combined"].values()) == 0.0, computed["combined"]
+
+
 def launch(kind: str, *of: tuple[tuple[int, ...], tuple[int, ...], torch.dtype], **more):
     from benchmarks.launches import Launch, Operand
 
