@@ -36,8 +36,8 @@ class EMA:
     def move(self, weight: float | Tensor) -> None:
         """Move towards the model, once a step, after the optimizer. weight: a number, or a tensor () on the device."""
         torch._foreach_lerp_([m for m, _ in self._floats], [p.detach() for _, p in self._floats], weight)  # type: ignore[arg-type]
-        for mean, live in self._counts:
-            mean.copy_(live)
+        if self._counts:
+            torch._foreach_copy_([m for m, _ in self._counts], [p for _, p in self._counts])
 
     def state_dict(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "updates": self.updates}

@@ -35,6 +35,15 @@ from fastafd.settings import RunError, UsageError, cache_dir, unknown
 ENGINES = ("reference", "fast")
 OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+# Inductor's options for functions of many small passes: those that do not need each other become one launch. Passes
+# that sum are left alone; the limits are those of newer versions of PyTorch.
+COMBINED = {
+    "combo_kernels": True,
+    "combo_kernels_pointwise_only": True,
+    "combo_kernel_foreach_dynamic_shapes": False,
+    "combo_kernel_max_num_nodes": 64,
+    "combo_kernel_peak_memory_pct_threshold": None,
+}
 
 
 class Engine(Protocol):
@@ -154,7 +163,7 @@ class Fast:
                 raise UsageError(f"attack: {type(attack).__name__} takes engine reference; fast has PGD and KLPGD")
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
-            self.refresh = Compiled("the snapshot", self.snapshot.refresh, console)
+            self.refresh = Compiled("the snapshot", self.snapshot.refresh, console, options=COMBINED)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
             if self.snapshot.reason is None:
                 self._gradient = Compiled("the attack", self.snapshot.gradient, console, in_pieces=False)
@@ -167,10 +176,16 @@ class Fast:
             self._teacher = (
                 Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
             )
-        self._loss = Compiled("the update", self._forward, console)
+        self._f1: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        if self.snapshot is not None:  # in every step, or in a probe now and then
+            always = method.replays_noise or isinstance(attack, KLPGD)
+            self._f1 = Compiled("f1", self.snapshot.f1, console) if always else self.snapshot.f1
+        self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
         if ema is not None:  # on a CPU it is one call already
-            self._average = Compiled("the average", ema.move, console) if self.device.type == "cuda" else ema.move
+            self._average = (
+                Compiled("the average", ema.move, console, options=COMBINED) if self.device.type == "cuda" else ema.move
+            )
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._teaching = False  # whether something runs there that has to be waited for
 
@@ -186,11 +201,16 @@ class Fast:
             return self._teacher(x)
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        assert self.attack is not None
+        assert self.attack is not None and self.snapshot is not None
         self.refresh()
+        leaf = self.snapshot.leaf or x.dtype
         with autocast(self.device, self.amp):
             target = self.attack.target(lambda: self.f1(x)[1], y)
-            return self.attack.climb(lambda x_adv: self._gradient(x_adv, target), x, noise, linf_step)
+
+            def gradient(x_adv: Tensor) -> Tensor:
+                return self._gradient(x_adv.detach().to(leaf).requires_grad_(), target)
+
+            return self.attack.climb(gradient, x, noise, linf_step)
 
     def loss(self, batch: Batch) -> Loss:
         self.model.train()
@@ -210,9 +230,9 @@ class Fast:
 
     @torch.no_grad()
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.snapshot is not None
+        assert self._f1 is not None
         with autocast(self.device, self.amp):
-            return self.snapshot.f1(x)
+            return self._f1(x)
 
     def _forward(self, batch: Batch) -> Loss:
         with autocast(self.device, self.amp):
@@ -225,9 +245,19 @@ class Compiled:
     Where that cannot be done a line says why, and it is compiled in pieces, or with `in_pieces` false not at all.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], console: Console, in_pieces: bool = True):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        console: Console,
+        in_pieces: bool = True,
+        options: dict[str, Any] | None = None,
+    ):
+        """options: Inductor's; those that this version of PyTorch does not have are left out."""
         self.name, self.original, self.console, self.in_pieces = name, function, console, in_pieces
-        self.function = torch.compile(function, fullgraph=True, dynamic=False)
+        known = torch._inductor.list_options() if options else []
+        self.options = options = {key: value for key, value in (options or {}).items() if key in known}
+        self.function = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *inputs: Any) -> Any:
         # A recompile is one for each step object in the process and for each shape, not for each call.
@@ -237,7 +267,9 @@ class Compiled:
             except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
                 how = "is compiled in pieces" if self.in_pieces else "runs uncompiled"
                 self.console.line(f"{self.name} {how}: {str(error).strip().splitlines()[0]}")
-                self.function = torch.compile(self.original, dynamic=False) if self.in_pieces else self.original
+                self.function = self.original
+                if self.in_pieces:
+                    self.function = torch.compile(self.original, dynamic=False, options=self.options)
                 return self.function(*inputs)
 
 

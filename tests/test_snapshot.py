@@ -91,3 +91,31 @@ def test_what_cannot_be_folded_is_left_as_it_is():
     snapshot.refresh()
     torch.testing.assert_close(snapshot.features(x), model.features(x), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(snapshot.gradient(x, y), input_gradient(model, x, y), rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "build, leaf",
+    [
+        (lambda: build_model("resnet8_half", CLASSES), torch.bfloat16),
+        (lambda: build_model("preactresnet18", CLASSES), torch.bfloat16),
+        (lambda: build_model("resnet8_half", CLASSES, "cifar10"), None),  # normalised before it is cast
+        (Wilful, None),
+    ],
+)
+def test_images_in_the_type_of_the_first_convolution(build, leaf):
+    """Where nothing else reads them: the gradient is the same to the bit, without its cast."""
+    torch.manual_seed(0)
+    model = fastafd.disentangle(unsettled(build()))
+    snapshot = Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1)
+    snapshot.refresh()
+    assert snapshot.leaf == leaf
+    assert Snapshot(model.backbone, torch.float32).leaf in (
+        torch.float32,
+        None,
+    )  # as wide as the images: nothing is cast
+    if leaf is not None:
+        x, y = torch.rand(2, 3, 16, 16), torch.tensor([1, 3])
+        wide = snapshot.gradient(x.clone().requires_grad_(), y)
+        narrow = snapshot.gradient(x.to(leaf).requires_grad_(), y)
+        assert (wide.dtype, narrow.dtype) == (torch.float32, leaf)
+        assert wide.any() and torch.equal(narrow.float(), wide)

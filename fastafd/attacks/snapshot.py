@@ -28,7 +28,9 @@ class Snapshot(nn.Module):
     """An eval-mode view of `backbone` (pooled features) and, with `classifier` and maybe `d1`, of the logits of f1.
 
     dtype: of weights and activations; float32 or wider keeps the network's own type. `reason` says why the network
-    could not be traced, or is None. Holds nothing before the first `refresh`.
+    could not be traced, or is None. `leaf` is the type that images are cast to before anything else is done with them,
+    or None: handed over in it they have the same features, and the same gradient but for its cast. Holds nothing
+    before the first `refresh`.
     """
 
     d1: Tensor | None
@@ -44,6 +46,7 @@ class Snapshot(nn.Module):
     ):
         super().__init__()
         self.reason: str | None = None
+        self.leaf: torch.dtype | None = None
         self.pools = False
         self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d | None, Folded]] = []
         self._affines: list[tuple[nn.BatchNorm2d, Affine]] = []
@@ -53,7 +56,7 @@ class Snapshot(nn.Module):
             self.net = self._fold(backbone, fx.GraphModule(own, fx.Tracer().trace(own)), dtype)
         except Exception as error:  # whatever a forward written by somebody else does with a proxy
             self.reason = f"torch.fx cannot trace it: {(str(error) or type(error).__name__).splitlines()[0]}"
-            self.net, self.pools, self._folds, self._affines = own, False, [], []
+            self.net, self.leaf, self.pools, self._folds, self._affines = own, None, False, [], []
         live: dict[str, Tensor] = {
             **dict(backbone.named_parameters(remove_duplicate=False)),
             **dict(backbone.named_buffers(remove_duplicate=False)),
@@ -186,6 +189,11 @@ class Snapshot(nn.Module):
                 folded = Folded(source, dtype)
                 self._folds.append((source, None, folded))
                 net.set_submodule(node.target, folded)
+        (images,) = (node for node in graph.nodes if node.op == "placeholder")
+        if len(images.users) == 1:
+            (first,) = images.users
+            if first.op == "call_module" and isinstance(stem := net.get_submodule(first.target), Folded):
+                self.leaf = stem.conv.weight.dtype
         net.delete_all_unused_submodules()
         net.recompile()
         return net
