@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,27 +21,13 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fastafd.kernels.lazy import Kernel
+from fastafd.kernels.lazy import OPERATIONS, Kernel
 
 KINDS = ("convolution", "dgrad", "wgrad", "Triton", "product", "own", "other")
 CONVOLUTIONS = KINDS[:3]
-PEAK, BANDWIDTH, L2_BANDWIDTH = (
-    798e12,
-    3.0e12,
-    5.5e12,
-)  # FLOP/s of a large bf16 product, bytes/s of a large copy, and assumed
+PEAK, BANDWIDTH, L2_BANDWIDTH = 798e12, 3.0e12, 5.5e12  # FLOP/s of a bf16 product, bytes/s of a copy, bytes/s assumed
 ALLOCATIONS = re.compile(r"aten\.(empty|new_empty|_unsafe_view|detach)")  # besides views, what launches nothing
 PRODUCTS = re.compile(r"aten\.(addmm|mm|bmm|baddbmm)")
-# Where the launcher of an operation of fastafd.kernels is: its file, and the function.
-LAUNCHERS = {
-    "attack_head": ("attack_head", "attack_head_fused"),
-    "linf_step": ("linf_step", "linf_step_fused"),
-    "augment": ("augment", "augment_fused"),
-    "afd_loss": ("afd_loss", "afd_loss_fused"),
-    "afd_gradients": ("afd_products", "afd_gradients_fused"),
-    "kl_rows": ("kl_loss", "kl_rows_fused"),
-    "kl_gradients": ("kl_loss", "kl_gradients_fused"),
-}
 
 
 class Operand(NamedTuple):
@@ -279,8 +264,7 @@ def own_flops(name: str, args: Any) -> int:
 
 def launcher(func: Any) -> Callable[..., Any]:
     """What launches the kernels of an operation of fastafd's."""
-    file, name = LAUNCHERS[func._schema.name.split("::")[1]]
-    return getattr(import_module(f"fastafd.kernels.{file}"), name)
+    return OPERATIONS[func._schema.name.split("::")[1]].fused
 
 
 @contextmanager
