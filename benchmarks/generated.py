@@ -96,7 +96,8 @@ def recorded(arch: str, config: Any, batch: int, side: int, classes: int) -> tup
     import torch
 
     from benchmarks.fake_gpu import fake_gpu
-    from benchmarks.launches import Recorder, check
+    from benchmarks.launches import check
+    from benchmarks.recorder import Recorder
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -34,7 +34,7 @@ import torch._inductor.runtime.triton_helpers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
-from benchmarks import fake_gpu, generated, launches  # noqa: E402
+from benchmarks import fake_gpu, generated, recorder  # noqa: E402
 from fastafd import engine  # noqa: E402
 from fastafd.attacks import Snapshot  # noqa: E402
 from fastafd.console import Console  # noqa: E402
@@ -52,7 +52,7 @@ INPUTS = ("images", "labels", "offsets", "flips", "noise", "epoch")
 GENERATOR, APPLY = torch.Generator, nn.Module._apply
 
 
-class Emulator(launches.Recorder):
+class Emulator(recorder.Recorder):
     """A recorder whose launches take place, on real memory beside the fake."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ cuda_runtime.load()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import fake_gpu, generated, launches  # noqa: E402
+from benchmarks import fake_gpu, generated, recorder  # noqa: E402
 from fastafd.console import Console  # noqa: E402
 
 CHIPS = (80, 89, 90)
@@ -36,10 +36,10 @@ def steps() -> tuple[list[dict], dict[str, str]]:
     """Of every method what is generated, and all distinct Triton kernels by name."""
     rows, kernels = [], {}
     for config in generated.methods("", every=True):
-        row, recorder = generated.recorded("resnet8_half", config, batch=32, side=32, classes=10)
-        row["names"] = sorted({launch.name for launch in recorder.launches if launch.kind != "Triton"})
+        row, of = generated.recorded("resnet8_half", config, batch=32, side=32, classes=10)
+        row["names"] = sorted({launch.name for launch in of.launches if launch.kind != "Triton"})
         rows.append(row)
-        for label, source in recorder.sources.items():
+        for label, source in of.sources.items():
             name = re.search(r"def (triton_\w+)\(", source)[1]
             kernels.setdefault(source.replace(name, "kernel"), (label, name, source))
     return rows, {label: (name, source) for label, name, source in kernels.values()}
@@ -98,13 +98,13 @@ def calls() -> Iterator[tuple[str, tuple]]:
 def launchers() -> list[dict]:
     """Of every call what the launcher and the fake kernel return, and how many kernels were launched."""
     found = []
-    with launches.Recorder():
+    with recorder.Recorder():
         for name, operands in calls():
             op, counted = getattr(torch.ops.fastafd, name).default, []
-            with launches.kernels_noted(counted):
-                launcher = launches.facts(launches.launcher(op)(*operands))
-            same = launcher == launches.facts(op(*operands))
-            found.append({"operation": name, "operands": str(launches.facts(operands)), "same": same})
+            with recorder.kernels_noted(counted):
+                launcher = recorder.facts(recorder.launcher(op)(*operands))
+            same = launcher == recorder.facts(op(*operands))
+            found.append({"operation": name, "operands": str(recorder.facts(operands)), "same": same})
             found[-1]["kernels"] = len(counted)
     return found
 

@@ -1,0 +1,213 @@
+"""Every launch of a step on fake CUDA tensors, noted in the place of being made."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.launches import Launch, Operand
+from fastafd.kernels.lazy import OPERATIONS, Kernel
+
+ALLOCATIONS = re.compile(r"aten\.(empty|new_empty|_unsafe_view|detach)")  # besides views, what launches nothing
+PRODUCTS = re.compile(r"aten\.(addmm|mm|bmm|baddbmm)")
+
+
+def operand(tensor: Tensor) -> Operand:
+    return Operand(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.untyped_storage()._cdata)
+
+
+def operands(values: Any) -> list[Operand]:
+    return [operand(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class Recorder(FakeTensorMode):
+    """Fake tensors, whose launches are kept in `launches` while `on`, each with the `part` of the step that it is of.
+
+    `sources`: of every Triton kernel that Inductor made, by its name, which holds a hash of it. RuntimeError where the
+    launcher of an operation of fastafd returns other shapes, strides or types than its fake kernel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.sources: dict[str, str] = {}
+        self.part, self.on, self.inside = "", False, 0
+
+    def __deepcopy__(self, memo: Any) -> Recorder:
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        self.inside += 1  # what a fake kernel calls in turn is no launch
+        try:
+            fused_sgd = func.name().startswith("aten::_fused_sgd_")  # it has no fake kernel, and returns nothing
+            out = None if fused_sgd else super().__torch_dispatch__(func, types, args, named)
+        finally:
+            self.inside -= 1
+        if self.on and not self.inside and launches(func):
+            self.note(func, args, named, out)
+        return out
+
+    def note(self, func: Any, args: Any, named: Any, out: Any) -> None:
+        """Add what the call of an operation launches."""
+        name = str(func)
+        if "convolution" in name:
+            self.launches += convolutions(self.part, name, args, out)
+            return
+        reads, writes = accesses(func, args, named, out)
+        if name.startswith("fastafd."):
+            count = self.launched(func, args, out)
+            self.launches.append(Launch(self.part, "own", name, reads, writes, own_flops(name, args), count))
+        elif PRODUCTS.match(name):
+            first, second = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)][-2:]
+            flops = 2 * first.numel() * second.shape[-1]
+            self.launches.append(Launch(self.part, "product", name, reads, writes, flops))
+        else:
+            self.launches.append(Launch(self.part, "other", name, reads, writes))
+
+    def launched(self, func: Any, args: Any, out: Any) -> int:
+        """How many kernels the launcher of an operation launches; library calls that it makes are noted beside it."""
+        if any(leaf.dtype == torch.float64 for leaf in tree_leaves(args) if isinstance(leaf, Tensor)):
+            return 1  # the reference runs in its place, in as many as it takes
+        counted: list[Kernel] = []
+        with self, kernels_noted(counted):
+            returned = launcher(func)(*args)
+        if (theirs := facts(returned)) != (ours := facts(out)):
+            raise RuntimeError(f"{func}: the launcher returns {theirs}, the fake kernel {ours}")
+        return len(counted)
+
+    def triton(self, compiler: Any, name: str, source: str, device_str: str = "cuda") -> Any:
+        """`AsyncCompile.triton`: a kernel of Inductor's that is noted and not compiled."""
+        label = f"{name}_{sha256(source.encode()).hexdigest()[:6]}"
+        self.sources[label] = source
+        signature = re.search(r"'signature': (\{.*?\})", source)
+        assert signature is not None
+        names = list(eval(signature[1]))
+
+        def run(*values: Any, **named: Any) -> None:
+            if not self.on:
+                return
+            reads, writes = [], []
+            for own, value in zip(names, values):
+                if isinstance(value, Tensor):
+                    if not own.startswith("out_ptr"):
+                        reads.append(operand(value))
+                    if not own.startswith("in_ptr"):  # in_out_ptr, and workspaces
+                        writes.append(operand(value))
+            self.launches.append(Launch(self.part, "Triton", label, reads, writes))
+
+        return type("Noted", (), {"run": staticmethod(run)})
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """What is launched meanwhile is of this part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def tagged(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, as a part."""
+
+        def run(*args: Any, **named: Any) -> Any:
+            with self.of(part):
+                return function(*args, **named)
+
+        return run
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inductor's kernels come here meanwhile, made anew whatever a cache holds."""
+        fresh = torch._inductor.config.patch(compile_threads=1, force_disable_caches=True)
+        noted = mock.patch.object(AsyncCompile, "triton", lambda *of, **named: self.triton(*of, **named))
+        with self, fresh, noted, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+            yield
+
+
+def launches(func: Any) -> bool:
+    """Whether an operation launches anything: no view, no allocation."""
+    name = str(func)
+    returns = func._schema.returns
+    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return not (view or ALLOCATIONS.match(name) or name.startswith(("prim", "profiler", "aten.promote")))
+
+
+def accesses(func: Any, args: Any, named: Any, out: Any) -> tuple[list[Operand], list[Operand]]:
+    """What an operation reads and writes, by its schema."""
+    schema, reads, writes = func._schema, [], []
+    values = dict(zip((a.name for a in schema.arguments), args)) | named
+    overwrites = schema.name.split("::")[1] in ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
+    for argument in schema.arguments:
+        of = operands(values.get(argument.name))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and argument.name != "grads":  # fused SGD's, which only a loss scale writes
+            writes += of
+        if not (written and (overwrites or argument.name == "out")):
+            reads += of
+    if not any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        writes += operands(out)
+    return reads, writes
+
+
+def convolutions(part: str, name: str, args: Any, out: Any) -> list[Launch]:
+    """A convolution, or the gradients of one as a launch each."""
+    if "backward" not in name:
+        x, weight, bias = args[:3]
+        flops = 2 * out.shape[0] * out[0, 0].numel() * weight.numel()
+        return [Launch(part, "convolution", name, operands((x, weight, bias)), operands(out), flops)]
+    grad, x, weight = args[:3]
+    flops = 2 * grad.shape[0] * grad[0, 0].numel() * weight.numel()
+    found = []
+    for kind, reads, written in (("dgrad", (grad, weight), out[0]), ("wgrad", (grad, x), out[1])):
+        if written is not None:
+            found.append(Launch(part, kind, name, operands(reads), operands(written), flops))
+    if out[2] is not None:
+        found.append(Launch(part, "other", name, operands(grad), operands(out[2])))
+    return found
+
+
+def own_flops(name: str, args: Any) -> int:
+    """Of the products inside an operation of fastafd's: D1, D2 and the classifier on each."""
+    if "afd_loss" in name:
+        (batch, width), classes = args[0].shape, len(args[5])
+        return 2 * 2 * batch * width * (width + 2 * classes)
+    if "afd_gradients" in name:
+        batch, width = args[1].shape
+        return 3 * 2 * batch * width**2
+    return 0
+
+
+def launcher(func: Any) -> Callable[..., Any]:
+    """What launches the kernels of an operation of fastafd's."""
+    return OPERATIONS[func._schema.name.split("::")[1]].fused
+
+
+@contextmanager
+def kernels_noted(counted: list[Kernel]) -> Iterator[None]:
+    """Launches of fastafd's kernels are noted and do not take place."""
+
+    def launch(kernel: Kernel, grid: Any) -> Callable[..., None]:
+        return lambda *values, **named: counted.append(kernel)
+
+    with mock.patch.object(Kernel, "__getitem__", launch):
+        yield
+
+
+def facts(returned: Any) -> list[tuple[Any, ...]]:
+    """Shape, strides, type and device of every tensor."""
+    tensors = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+    return [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in tensors]
