@@ -17,7 +17,7 @@ from fastafd.checkpoint import load_run, save_run
 from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
-from fastafd.files import save_text
+from fastafd.files import as_json, save_text
 from fastafd.optim import learning_rate
 from fastafd.settings import RunError, UsageError
 from fastafd.step import TrainStep
@@ -61,11 +61,13 @@ def fit(
         step.load_state_dict(state["step"])
         done, seconds = state["progress"]["steps"], state["progress"]["seconds"]
         console.line(f"{label}: resumed at step {done} of {per_epoch * sgd.epochs}")
+        note_arms(folder, step)
 
     def save() -> None:
         log.check_finite()
         progress = {"steps": done, "seconds": log.total_seconds(seconds), "identity": identity}
         save_run(last, {"step": step.state_dict(), "progress": progress})
+        note_arms(folder, step)
 
     bar = Bar(console, label, per_epoch * sgd.epochs, done)
     with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar:
@@ -99,6 +101,15 @@ def fit(
             if stop.asked:  # also when the signal came during the save
                 raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
     return log.total_seconds(seconds)
+
+
+def note_arms(folder: Path, step: TrainStep) -> None:
+    """Write into the run's env.json which forms the attack's convolutions have, if they were chosen."""
+    file = folder / "env.json"
+    if step.arms and file.exists():
+        known = json.loads(file.read_text())
+        if known.get("arms") != step.arms:
+            save_text(file, as_json(known | {"arms": step.arms}))
 
 
 class MetricsLog:

@@ -3,7 +3,7 @@
     plain     convolution, shift, residual, ReLU; the input's gradient by aten::convolution_backward
     fused     shift, residual and ReLU inside the convolution, by cuDNN
     turned    the input's gradient as forward convolutions with weights flipped beforehand: one at stride 1, at stride s
-              one for each of the s x s places that a pixel can have, none of which multiplies a zero of the other places
+              one for each of the s x s places that a pixel can have, with the taps that meet it
     bits      where the ReLU let its input through kept as one bit of an int32, for 32 channels a word: the gradient
               reads 1/16 of the bytes of a bf16 output
     padded    the stem's input and weight filled up with zeros to 8 channels
@@ -164,11 +164,11 @@ def unpack(words: Tensor) -> Tensor:
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
-def plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, site: Site) -> Tensor:
+def plain_sum(x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, site: Site) -> Tensor:
+    """The convolution, its shift and the residual: what a ReLU follows."""
     out = F.conv2d(x, weight, None, site.stride, site.padding)
     out = (out + shift[:, None, None]).to(out.dtype)
-    out = out if residual is None else out + residual
-    return out.relu() if site.relu else out
+    return out if residual is None else out + residual
 
 
 def plain_dgrad(g: Tensor, x: Tensor, weight: Tensor, site: Site) -> Tensor:
@@ -185,17 +185,18 @@ class Arm:
     applies: (site, weight, x, residual) -> bool, of a convolution without groups and dilation, padded with zeros
     prepare: (weight, shift, site) -> tensors of its own, handed to what is called with `own`
     widen:   (x, own) -> x and weight that the convolution takes
-    forward: (x, residual, weight, own, site) -> output
-    keep:    output -> what the ReLU's mask is read from;   let: that -> where a gradient passes
+    forward: (x, residual, weight, shift, own, site) -> output, and what `let` reads
+    let:     (that, g) -> g where the ReLU let its input through, else 0
     dgrad:   (g, own, site, size) -> gradient of the input of that size
     """
 
     applies: Callable[[Site, Tensor, Tensor, Tensor | None], bool]
     prepare: Callable[[Tensor, Tensor, Site], list[Tensor]] = lambda weight, shift, site: []
     widen: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Tensor]] | None = None
-    forward: Callable[[Tensor, Tensor | None, Tensor, Sequence[Tensor], Site], Tensor] | None = None
-    keep: Callable[[Tensor], Tensor] | None = None
-    let: Callable[[Tensor], Tensor] | None = None
+    forward: Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Tensor], Site], tuple[Tensor, Tensor]] | None = (
+        None
+    )
+    let: Callable[[Tensor, Tensor], Tensor] | None = None
     dgrad: Callable[[Tensor, Sequence[Tensor], Site, Sequence[int]], Tensor] | None = None
 
 
@@ -205,13 +206,27 @@ def _fits(site: Site, weight: Tensor, x: Tensor, residual: Tensor | None) -> boo
     return residual is None or (residual.dtype == weight.dtype and list(residual.shape) == out)
 
 
+def _fused(
+    x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, own: Sequence[Tensor], site: Site
+) -> tuple[Tensor, Tensor]:
+    out = conv_relu(x, weight, own[0], residual, site.stride, site.padding)
+    return out, out
+
+
+def _bits(
+    x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, own: Sequence[Tensor], site: Site
+) -> tuple[Tensor, Tensor]:
+    before = plain_sum(x, residual, weight, shift, site)
+    words = pack(~(before <= 0))
+    # Of the words and not of `before`: else a compiler packs them in the backward pass, from the output.
+    return torch.where(unpack(words), before, 0), words
+
+
 ARMS: dict[str, Arm] = {
     "fused": Arm(
         applies=lambda site, weight, x, residual: site.relu and _fits(site, weight, x, residual),
         prepare=lambda weight, shift, site: [shift.to(weight.dtype)],
-        forward=lambda x, residual, weight, own, site: conv_relu(
-            x, weight, own[0], residual, site.stride, site.padding
-        ),
+        forward=_fused,
     ),
     "turned": Arm(
         applies=_fits,
@@ -222,17 +237,21 @@ ARMS: dict[str, Arm] = {
         applies=lambda site, weight, x, residual: (
             site.relu and weight.shape[0] % WORD == 0 and _fits(site, weight, x, residual)
         ),
-        keep=lambda out: pack(out > 0),
-        let=unpack,
+        forward=_bits,
+        let=lambda words, g: torch.where(unpack(words), g, 0),
     ),
     "padded": Arm(
-        applies=lambda site, weight, x, residual: (
-            weight.shape[1] < CHANNELS and _fits(site, weight, x, residual)
-        ),
+        applies=lambda site, weight, x, residual: weight.shape[1] < CHANNELS and _fits(site, weight, x, residual),
         prepare=lambda weight, shift, site: [_padded(weight).contiguous(memory_format=torch.channels_last)],
         widen=lambda x, own: (_padded(x).contiguous(memory_format=torch.channels_last), own[0]),
     ),
 }
+
+
+def goes_together(form: Form) -> bool:
+    """Whether no two arms of the form are in each other's place."""
+    places = [[arm.widen, arm.forward, arm.dgrad] for arm in (ARMS[name] for name in form)]
+    return all(sum(part is not None for part in parts) <= 1 for parts in zip(*places, strict=True))
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -245,8 +264,8 @@ def site_of(conv: nn.Conv2d, relu: bool) -> Site | None:
         return None
     if isinstance(conv.padding, str):
         return None
-    pairs = [(int(a), int(b)) for a, b in (conv.kernel_size, conv.stride, conv.padding)]
-    return Site(*pairs, relu)
+    kernel, stride, padding = ((int(a), int(b)) for a, b in (conv.kernel_size, conv.stride, conv.padding))
+    return Site(kernel, stride, padding, relu)
 
 
 def joined(
@@ -258,7 +277,7 @@ def joined(
     form: Form,
     prepared: Sequence[Sequence[Tensor]],
 ) -> Tensor:
-    """relu(conv(x) + shift + residual) of a site, by the arms of a form; `prepared` holds what each of them prepared."""
+    """relu(conv(x) + shift + residual) of a site, by the arms of a form; prepared: what each of them prepared."""
     counts = tuple(len(own) for own in prepared)
     tensors = [tensor for own in prepared for tensor in own]
     result: Tensor = Joined.apply(x, residual, weight, shift, tuple(site), form, counts, *tensors)
@@ -281,25 +300,23 @@ class Joined(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         site, own = Site(*fixed), _shared_out(form, counts, tensors)
-        keep = None
-        out = None
+        found = None
         ctx.channels, ctx.size = x.shape[1], tuple(x.shape[2:])
         for name in form:
             widen = ARMS[name].widen
             if widen is not None:
                 x, weight = widen(x, own[name])
         for name in form:
-            arm = ARMS[name]
-            if arm.forward is not None:
-                out = arm.forward(x, residual, weight, own[name], site)
-            if arm.keep is not None:
-                keep = arm.keep
-        if out is None:
-            out = plain_forward(x, residual, weight, shift, site)
-        kept = out if keep is None else keep(out)
-        ctx.save_for_backward(x, weight, kept if site.relu else None, *tensors)
+            forward = ARMS[name].forward
+            if forward is not None:
+                found = forward(x, residual, weight, shift, own[name], site)
+        if found is None:
+            out = plain_sum(x, residual, weight, shift, site)
+            out = out.relu() if site.relu else out
+            found = out, out
+        ctx.save_for_backward(x, weight, found[1] if site.relu else None, *tensors)
         ctx.fixed, ctx.form, ctx.counts, ctx.residual = fixed, form, counts, residual is not None
-        return out
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -310,7 +327,7 @@ class Joined(torch.autograd.Function):
         for name in ctx.form:
             let = ARMS[name].let or let
         if site.relu:
-            g = torch.where(kept > 0 if let is None else let(kept), g, 0)
+            g = torch.where(kept <= 0, 0, g) if let is None else let(kept, g)
         for name in ctx.form:
             dgrad = ARMS[name].dgrad
             if dgrad is not None:

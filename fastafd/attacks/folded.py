@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +78,10 @@ class Folded(nn.Module):
 
 
 def join(net: fx.GraphModule) -> None:
-    """Make the residual sum and the ReLU behind a `Folded` part of it: conv [-> sum] -> ReLU, each read by the next alone.
+    """Make the residual sum and the ReLU behind a `Folded` part of it: conv [-> sum] -> ReLU, read by nothing else.
 
-    The arithmetic stays what it was, and so does its order in time but for the convolution, which waits for the sum.
+    The arithmetic stays what it was. The convolution waits for the sum: its input is still the same then, since a
+    weight's gradient would need it too.
     """
     graph, modules = net.graph, dict(net.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -94,8 +94,8 @@ def join(net: fx.GraphModule) -> None:
         last = after if residual is None else _only_user(after)
         if last is None or not _is_relu(last, modules):
             continue
-        if residual is not None and (residual is x or _written_between(node, after, modules)):
-            continue  # the same tensor twice, or the convolution's input might be another by then
+        if residual is x:
+            continue  # PyTorch 2.14 compiles no autograd.Function that takes a tensor twice
         with graph.inserting_before(node if residual is None else after):
             whole = graph.call_module(node.target, (x,) if residual is None else (x, residual))
         last.replace_all_uses_with(whole)
@@ -125,20 +125,3 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         module = modules[str(node.target)]
         return type(module) is nn.ReLU and not (module._forward_hooks or module._forward_pre_hooks)
     return node.op in ("call_function", "call_method") and node.target in RELUS
-
-
-def _written_between(first: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an operation between the two nodes may write into a tensor that is there already."""
-    node = first.next
-    while node is not last:
-        name: Any = getattr(node.target, "__name__", node.target)
-        in_place = node.kwargs.get("inplace") or (isinstance(name, str) and name.endswith("_") and name[:2] != "__")
-        if node.op == "call_module":
-            in_place = getattr(modules[str(node.target)], "inplace", False)
-        if in_place or str(name) in IN_PLACE or node.target is operator.setitem:
-            return True
-        node = node.next
-    return False
-
-
-IN_PLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imatmul", "ifloordiv", "imod"}
