@@ -95,7 +95,7 @@ class Choice:
     def choose(self, x: Tensor) -> None:
         """Give every convolution its form for images of x's shape (B,3,H,W), at the first call with it."""
         shape = tuple(x.shape)
-        if shape in self._met or (self.clock is None and self.forced is None):
+        if shape in self._met or (self.clock is None and self.forced is None) or self.snapshot.reason is not None:
             return
         self._met.add(shape)
         self.snapshot.refresh()
