@@ -375,7 +375,7 @@ def test_uint8_batches_of_either_layout_are_the_same_pixels(padding):
 
 
 def test_the_fast_engine_puts_a_network_into_channels_last_and_says_so(capsys):
-    """In place, with what the optimizer and the average keep, the same numbers; the reference engine leaves it alone."""
+    """In place, with what the optimizer and the average keep; the reference engine leaves it alone."""
 
     def last(tensor: torch.Tensor) -> bool:
         return tensor.is_contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,16 @@ from torch import nn
 
 import fastafd
 from fastafd.attacks import Choice, Snapshot, input_gradient
-from fastafd.attacks.arms import ARMS, conv_relu, goes_together, pack, turned_gradient, turned_weights, unpack
+from fastafd.attacks.arms import (
+    ARMS,
+    conv_relu,
+    conv_relu_by_cudnn,
+    goes_together,
+    pack,
+    turned_gradient,
+    turned_weights,
+    unpack,
+)
 from fastafd.attacks.folded import Folded
 from fastafd.console import Console
 from fastafd.models import build_model
@@ -156,6 +165,34 @@ def test_conv_relu_is_an_operation_that_compiles(residual):
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(conv_relu, (x, w, b, z, [2, 2], [1, 1]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnn_is_called_with_what_it_takes(residual, monkeypatch):
+    """The operations of cuDNN's that CUDA runs, played by plain PyTorch from their own schemas' names."""
+
+    def played(name):
+        names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
+
+        def run(*given):
+            called.append(name)
+            of = dict(zip(names, given, strict=True))
+            geometry = (of[key] for key in ("stride", "padding", "dilation", "groups"))
+            out = F.conv2d(of["self"], of["weight"], of["bias"], *geometry)
+            return (out + of["alpha"] * of["z"] if "z" in of else out).relu()
+
+        return run
+
+    called = []
+    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
+        monkeypatch.setattr(torch.ops.aten, name, played(name))
+    x, w, b = torch.randn(2, 3, 9, 7), torch.randn(8, 3, 3, 1), torch.randn(8)
+    z = torch.randn(2, 8, 5, 7) if residual else None
+    found = conv_relu_by_cudnn(x, w, b, z, [2, 1], [1, 0])
+    torch.testing.assert_close(found, conv_relu(x, w, b, z, [2, 1], [1, 0]))
+    assert called == ["cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"]
+    conv_relu_by_cudnn(x.double(), w.double(), b.double(), None, [2, 1], [1, 0])
+    assert len(called) == 1  # float64 runs the reference
 
 
 def test_arms_in_one_anothers_place_do_not_go_together():

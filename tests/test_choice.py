@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_arms import Wide, forms_in, network, snapshot_of
-from tiny import Wilful, afd_step, batches, tiny
+from tiny import CLASSES, Wilful, afd_step, batches, needs_gpu, tiny, unsettled
 
+import fastafd
 from fastafd.attacks import Choice, Snapshot, choice, machine
 from fastafd.attacks.arms import ARMS
 from fastafd.console import Console
 from fastafd.loop import note_arms
+from fastafd.models import build_model
 
 CPU = torch.device("cpu")
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -66,7 +68,9 @@ def test_the_faster_form_is_taken_where_it_was_timed():
 def test_forms_that_win_are_tried_together():
     """Where together they are no faster than the best alone, that is taken; two in one place are not tried."""
     seconds = {"fused": 0.5, "turned": 0.6, "bits": 0.7, "padded": 0.8}
-    made = chosen_by(Clock(**seconds, fused_turned=0.4, fused_turned_padded=0.39))
+    clock = Clock(**seconds, fused_turned=0.4, fused_turned_padded=0.39)
+    made = chosen_by(clock)
+    assert [name for name in clock.asked if "+" in name] == ["fused+turned", "fused+turned+padded"]
     assert made.chosen == {STEM: "fused+turned", LAST: "turned"}
     (own,) = {form for form in made.snapshot.net.conv1.forms.values()}
     assert own == ("fused", "turned")
@@ -179,3 +183,18 @@ def test_a_fast_step_chooses_at_its_first_batch():
     step(*batches(1)[0])
     assert list(step.arms["forms"].values()) == ["bits", "plain"]
     assert next(iter(step.arms["forms"])).startswith("8x3x8x8, 32x3x3x3")
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["resnet18", "wrn10_2"])
+def test_forms_on_a_gpu(arch, capsys):
+    """In bf16 with its own clock: every form works and is near the plain one; the timings are seconds."""
+    model = fastafd.disentangle(unsettled(build_model(arch, CLASSES))).cuda().eval()
+    made = Choice(Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1), torch.device("cuda"), Console())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        made.choose(torch.rand(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last))
+    assert "is not used for" not in capsys.readouterr().err
+    (file,) = (choice.cache_dir() / "arms").glob("*.json")
+    timings = [row for forms in json.loads(file.read_text()).values() for row in forms.values()]
+    assert len(timings) > 20 and all(0 < row["us"] < 1e5 and 0 < row["plain_us"] < 1e5 for row in timings)

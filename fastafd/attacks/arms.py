@@ -60,7 +60,7 @@ def conv_relu(
 
 
 @conv_relu.register_kernel("cuda")
-def _(
+def conv_relu_by_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     if x.dtype == torch.float64:
@@ -167,8 +167,10 @@ def unpack(words: Tensor) -> Tensor:
 def plain_sum(x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, site: Site) -> Tensor:
     """The convolution, its shift and the residual: what a ReLU follows."""
     out = F.conv2d(x, weight, None, site.stride, site.padding)
-    out = (out + shift[:, None, None]).to(out.dtype)
-    return out if residual is None else out + residual
+    shifted = out + shift[:, None, None]
+    # No `.to` that is the same tensor: PyTorch 2.11 loses the gradient of a Function whose output is another's alias.
+    shifted = shifted if shifted.dtype == out.dtype else shifted.to(out.dtype)
+    return shifted if residual is None else shifted + residual
 
 
 def plain_dgrad(g: Tensor, x: Tensor, weight: Tensor, site: Site) -> Tensor:
@@ -314,7 +316,7 @@ class Joined(torch.autograd.Function):
             out = plain_sum(x, residual, weight, shift, site)
             out = out.relu() if site.relu else out
             found = out, out
-        ctx.save_for_backward(x, weight, found[1] if site.relu else None, *tensors)
+        ctx.save_for_backward(x, weight, found[1], *tensors)
         ctx.fixed, ctx.form, ctx.counts, ctx.residual = fixed, form, counts, residual is not None
         return found[0]
 
