@@ -7,7 +7,8 @@ bf16 channels_last on CUDA, fp32 channels_last in one thread on a CPU. On CUDA a
 calls, each with inputs and an output of its own; the median of the rounds is given. The forms:
 
     forward, dgrad, wgrad   F.conv2d; the input's gradient alone; the weight's alone
-    dgrad as forward        stride 1: F.conv2d of the output's gradient, with a weight flipped and transposed beforehand
+    dgrad as forward        F.conv2d of the output's gradient, with weights flipped and transposed beforehand; of stride
+                            2 one for each place of a pixel (fastafd.attacks.arms)
     bias, ReLU              forward, bias and ReLU in separate calls of torch
     compiled, cuDNN fused, Triton template    the same by torch.compile, by cuDNN in one, by inductor's own convolution
     forward of 8, dgrad of 8                  the stem, its input and weight padded from 3 to 8 channels
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.clock import limits, median_seconds
 from benchmarks.kernels import device_name
+from fastafd.attacks.arms import turned_gradient, turned_weights
 from fastafd.models import build_model
 
 HERE = Path(__file__).parent
@@ -109,16 +111,16 @@ def draw(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> 
     x = normal(batch, shape.c_in, shape.side, shape.side)
     w = normal(shape.c_out, shape.c_in, shape.kernel, shape.kernel) / (shape.c_in * shape.kernel**2) ** 0.5
     g = normal(batch, shape.c_out, shape.out_side, shape.out_side)
-    drawn = {"x": x, "w": w, "g": g, "flipped": flipped(w)}
+    drawn = {"x": x, "w": w, "g": g} | turned(shape, w)
     if shape.c_in == 3:
         drawn |= {f"{name}8": F.pad(drawn[name], (0, 0, 0, 0, 0, 5)) for name in "xw"}
     drawn = {name: value.contiguous(memory_format=torch.channels_last) for name, value in drawn.items()}
     return drawn | {"b": normal(shape.c_out)}
 
 
-def flipped(w: Tensor) -> Tensor:
-    """The weight whose convolution is the input's gradient of a convolution of stride 1 with `w`."""
-    return w.flip(2, 3).transpose(0, 1)
+def turned(shape: Shape, w: Tensor) -> dict[str, Tensor]:
+    """The weights of the forward convolutions that are the input's gradient, by name."""
+    return {f"turned{i}": v for i, v in enumerate(turned_weights(w, [shape.stride] * 2, [shape.padding] * 2))}
 
 
 def forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable[..., Tensor], str]]:
@@ -141,9 +143,9 @@ def forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable
         return F.conv2d(x, w, b, stride, padding).relu()
 
     found: dict[str, tuple[Callable[..., Tensor], str]] = {"forward": (forward, "x w"), "dgrad": (dgrad, "g x w")}
-    if shape.stride == 1:
-        around = shape.kernel - 1 - shape.padding
-        found["dgrad as forward"] = lambda g, w: F.conv2d(g, w, padding=around), "g flipped"
+    names = turned(shape, torch.empty(shape.c_out, shape.c_in, shape.kernel, shape.kernel, device="meta"))
+    square = [shape.kernel] * 2, stride, padding, [shape.side] * 2
+    found["dgrad as forward"] = lambda g, *w: turned_gradient(g, w, *square), " ".join(["g", *names])
     found["wgrad"] = lambda g, x, w: backward(g, x, w, 1), "g x w"
     found["bias, ReLU"] = biased, "x w b"
     found["compiled"] = torch.compile(biased, dynamic=False), "x w b"

@@ -25,13 +25,16 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
     fewer, rehearsal = (["--batch", "4", "--rounds", "2"], ["--tiny"]) if tiny else ([], [])
     few = ["--batch-size", "8"] if tiny else []
     slow = "takes minutes on a CPU" if tiny else ""
-    names = ("verify", "epoch-resnet18", "profile", "epoch", "methods", "kernels", "convolutions")
-    verify, first, profile, epoch, methods, kernels, convolutions = (["--out", out / f"{name}.json"] for name in names)
+    names = ("verify", "arms", "epoch-resnet18", "profile", "epoch", "methods", "kernels", "convolutions")
+    verify, arms, first, profile, epoch, methods, kernels, convolutions = (
+        ["--out", out / f"{name}.json"] for name in names
+    )
     times = ["--quick", *where, *rehearsal, *([] if data_dir is None else ["--data-dir", data_dir])]
     return [
         Part("tests", python("pytest", *pytest, *tests), 120),
         Part("numerics", python("pytest", *pytest, "tests/test_kernel_numerics.py"), 60, slow),
         Part("verify", python("fastafd.verify", *small, *few, *verify), 240),
+        Part("arms", python("benchmarks.arms", *where, *rehearsal, *arms), 360),
         Part(
             "epoch-resnet18",
             python("benchmarks.epoch_time", *times, "--arch", "resnet18", "--tasks", "afd", *first),

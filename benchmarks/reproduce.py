@@ -6,7 +6,8 @@
 
 What matters most comes first:
 
-    gpu_suite     tests, kernels' numerics, certificate, epoch times of a ResNet-18 through FFCV and from memory
+    gpu_suite     tests, kernels' numerics, certificate, the forms of the attack's convolutions, epoch times of a
+                  ResNet-18 through FFCV and from memory
     runs          20 epochs from the ResNet-18 that pyautoattack ships: AFD by recipe `released` (with empty compiler
                   caches, if nothing cut it short) and by `paper`, `vaft` matched; clean and PGD-20 on all test images,
                   the feature gap by epoch
@@ -90,7 +91,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
     n = ["--n", 4] if tiny else []
     afd, own = TRAINED["afd-released"], runs / "natural"
     return [
-        *(suite[name] for name in ("tests", "numerics", "verify", "epoch-resnet18")),
+        *(suite[name] for name in ("tests", "numerics", "verify", "arms", "epoch-resnet18")),
         *(trained(name, flags, 400) for name, flags in TRAINED.items()),
         attacked("autoattack-afd", AFD),
         attacked("autoattack-vaft", ("vaft-matched",)),

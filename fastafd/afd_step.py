@@ -29,7 +29,8 @@ class AFDStep(TrainStep):
     amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
     engine: "fast" (compiled, the attack on a BN-folded snapshot, on CUDA one graph a step), "reference" (plain
     PyTorch), or "auto": fast on CUDA. The fast engine makes an SGD optimizer a fused one, and its rates tensors; weight
-    decay and momentum are those of the first steps. A batch of another shape is compiled anew.
+    decay and momentum are those of the first steps. It puts weights that are not channels_last into that layout, in
+    place, and says so. A batch of another shape is compiled anew.
     `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
     Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
     """

@@ -11,8 +11,6 @@ switched between the modes.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import KLPGD, PGD, Snapshot
+from fastafd.attacks import KLPGD, PGD, Choice, Snapshot, machine
 from fastafd.console import Console
 from fastafd.ema import EMA
 from fastafd.kernels import linf_step
@@ -153,6 +151,7 @@ class Fast:
         keep_compiled(self.device)
         dtype = self.amp or first.dtype
         self.snapshot: Snapshot | None = None
+        self.choice: Choice | None = None  # of the forms of the snapshot's convolutions
         if method.adversarial and attack is not None:
             if not isinstance(model, SplitNet):
                 raise ValueError(
@@ -163,6 +162,7 @@ class Fast:
                 raise UsageError(f"attack: {type(attack).__name__} takes engine reference; fast has PGD and KLPGD")
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
+            self.choice = Choice(self.snapshot, self.device, console)
             self.refresh = Compiled("the snapshot", self.snapshot.refresh, console, options=COMBINED)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
             if self.snapshot.reason is None:
@@ -201,7 +201,9 @@ class Fast:
             return self._teacher(x)
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        assert self.attack is not None and self.snapshot is not None
+        assert self.attack is not None and self.snapshot is not None and self.choice is not None
+        with autocast(self.device, self.amp):
+            self.choice.choose(x)
         self.refresh()
         leaf = self.snapshot.leaf or x.dtype
         with autocast(self.device, self.amp):
@@ -356,10 +358,7 @@ def keep_compiled(device: torch.device) -> Path:
     There is a folder for each PyTorch, CUDA, Triton and GPU; inside it the compilers tell configurations apart by the
     code that they compile. A folder that the environment names already (TORCHINDUCTOR_CACHE_DIR) is left as it is.
     """
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    key = f"torch {torch.__version__} cuda {torch.version.cuda} triton {triton} {where}"
-    folder = cache_dir() / "compiled" / re.sub(r"[^A-Za-z0-9.]+", "-", key)
+    folder = cache_dir() / "compiled" / re.sub(r"[^A-Za-z0-9.]+", "-", machine(device))
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():

@@ -18,7 +18,7 @@ from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
 from fastafd.engine import enough_memory
-from fastafd.files import save_text
+from fastafd.files import as_json, save_text
 from fastafd.optim import learning_rate
 from fastafd.settings import RunError, UsageError
 from fastafd.step import TrainStep
@@ -62,11 +62,13 @@ def fit(
         step.load_state_dict(state["step"])
         done, seconds = state["progress"]["steps"], state["progress"]["seconds"]
         console.line(f"{label}: resumed at step {done} of {per_epoch * sgd.epochs}")
+        note_arms(folder, step)
 
     def save() -> None:
         log.check_finite()
         progress = {"steps": done, "seconds": log.total_seconds(seconds), "identity": identity}
         save_run(last, {"step": step.state_dict(), "progress": progress})
+        note_arms(folder, step)
 
     def advice() -> str:
         return f"Take a smaller --batch-size than {loader.batch_size}, or 16 bits (--amp bf16); {kept(last)}"
@@ -108,6 +110,15 @@ def fit(
 def kept(last: Path) -> str:
     """What an error says of the checkpoint."""
     return f"{last} keeps the last good state" if last.exists() else "nothing had been saved yet"
+
+
+def note_arms(folder: Path, step: TrainStep) -> None:
+    """Write into the run's env.json which forms the attack's convolutions have, if they were chosen."""
+    file = folder / "env.json"
+    if step.arms and file.exists():
+        known = json.loads(file.read_text())
+        if known.get("arms") != step.arms:
+            save_text(file, as_json(known | {"arms": step.arms}))
 
 
 class MetricsLog:

@@ -80,6 +80,18 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
     optimizer._step_supports_amp_scaling = True
 
 
+def to_channels_last(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Put weights, and what the optimizer keeps of them, into channels_last, in place; whether any was not."""
+    if all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4):
+        return False
+    model.to(memory_format=torch.channels_last)
+    for p, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if p.dim() == 4 and isinstance(value, torch.Tensor) and value.shape == p.shape:
+                kept[name] = value.contiguous(memory_format=torch.channels_last)
+    return True
+
+
 def needs_host(optimizer: torch.optim.Optimizer, scaled: bool) -> str:
     """What every step of the optimizer needs the host for, so that no CUDA graph can hold it; or nothing.
 

@@ -33,7 +33,7 @@ from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import SplitNet, split
-from fastafd.optim import fuse, needs_host, restore
+from fastafd.optim import fuse, needs_host, restore, to_channels_last
 from fastafd.settings import UsageError
 from fastafd.timing import PhaseTimer
 
@@ -67,6 +67,10 @@ class TrainStep:
             raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
+        self.console = console or Console()
+        self.fast = engine_of(method, engine, self.device, self.console) == "fast"
+        if self.fast and to_channels_last(model, optimizer):  # before anything refers to its tensors
+            self.console.line("the network's weights are put into channels_last, the layout of the fast engine")
         self.attack = attack if method.adversarial and method.attacks else None
         self.per_epoch = per_epoch
         if method.replays_noise and not per_epoch:
@@ -80,11 +84,9 @@ class TrainStep:
         amp = resolve_amp(amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=amp == "fp16")
         self.generator = torch.Generator(self.device).manual_seed(seed)  # the attack's starts
-        self.console = console or Console()
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
 
-        self.fast = engine_of(method, engine, self.device, self.console) == "fast"
         self.graphs: Graphs | None = None
         self._state: Any = None  # the optimizer's, as it was recorded
         self.engine: Engine
@@ -126,6 +128,12 @@ class TrainStep:
         """The model that is evaluated: the weight average, or without one the model itself."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def arms(self) -> dict[str, Any]:
+        """The forms of the attack's convolutions and the machine that they were timed on; nothing where none were."""
+        chosen = self.engine.choice if isinstance(self.engine, Fast) else None
+        return {} if chosen is None else chosen.state()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, the generators included; the same from either engine."""
         optimizer = self.optimizer.state_dict()
@@ -139,6 +147,8 @@ class TrainStep:
             state["ema"] = self.ema.state_dict()
         if self.augment is not None:
             state["augment"] = self.augment.generator.get_state()
+        if self.arms:
+            state["arms"] = self.arms
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,6 +173,8 @@ class TrainStep:
             self.ema.load_state_dict(state["ema"])
         if self.augment is not None:
             self.augment.generator.set_state(state["augment"])
+        if "arms" in state and isinstance(self.engine, Fast) and self.engine.choice is not None:
+            self.engine.choice.keep(state["arms"])
 
     # -- what a step is made of -----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ model.safetensors (merged), samples.npz (for reports) and result.json.
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import sys
 import time
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> None:
         "parameters": {"model": count_parameters(trained), "training": count_parameters(tuned)},
         "changed": {name: value for name, value in changed.items() if pretrains or not name.startswith("pretrain.")},
         "config": dataclasses.asdict(config),
-        **environment,
+        **json.loads((folder / "env.json").read_text()),
     }
     save_text(folder / "result.json", as_json(summary))
     show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")

@@ -372,3 +372,30 @@ def test_uint8_batches_of_either_layout_are_the_same_pixels(padding):
         assert seen[0].is_contiguous(memory_format=torch.channels_last)
         if not augmented:
             torch.testing.assert_close(seen[0], x.permute(0, 3, 1, 2) / 255.0, check_dtype=False, rtol=1e-6, atol=0)
+
+
+def test_the_fast_engine_puts_a_network_into_channels_last_and_says_so(capsys):
+    """In place, with what the optimizer and the average keep; the reference engine leaves it alone."""
+
+    def last(tensor: torch.Tensor) -> bool:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+
+    net = small_net(0)
+    model = fastafd.disentangle(net)
+    optimizer = make_sgd(model, 0.1, 0.9, 0.0)
+    weight = next(p for p in model.parameters() if p.dim() == 4)
+    momentum = torch.randn_like(weight)
+    optimizer.state[weight]["momentum_buffer"] = momentum
+    before = weight.detach().clone()
+    fastafd.AFDStep(model, net, optimizer, engine="reference")
+    assert not last(weight) and "channels_last" not in capsys.readouterr().err
+    step = fastafd.AFDStep(model, net, optimizer, engine="fast", ema_decay=0.9)
+    assert capsys.readouterr().err.count("the network's weights are put into channels_last") == 1
+    assert weight is next(p for p in model.parameters() if p.dim() == 4)
+    assert any(weight is p for group in optimizer.param_groups for p in group["params"])
+    assert last(weight) and torch.equal(weight, before)
+    kept = optimizer.state[weight]["momentum_buffer"]
+    assert last(kept) and torch.equal(kept, momentum)
+    assert all(last(p) for p in step.averaged().parameters() if p.dim() == 4)
+    fastafd.AFDStep(model, net, optimizer, engine="fast")
+    assert "channels_last" not in capsys.readouterr().err

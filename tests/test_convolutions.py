@@ -56,7 +56,7 @@ def test_every_form_is_the_operation_it_stands_for(convolutions):
         dx, dw = torch.autograd.grad(out, (x, w), drawn["g"])
         expected = {"forward": out, "dgrad": dx, "wgrad": dw, "bias, ReLU": (out + drawn["b"][:, None, None]).relu()}
         found = convolutions.forms(shape, cuda=False, templates=False)
-        assert ("forward of 8" in found) == (shape.c_in == 3) and ("dgrad as forward" in found) == (shape.stride == 1)
+        assert ("forward of 8" in found) == (shape.c_in == 3) and "dgrad as forward" in found
         for form, (function, names) in found.items():
             if form == "compiled":
                 continue

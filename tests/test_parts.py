@@ -172,7 +172,7 @@ run([Part("long", [sys.executable, "-c", sleep], 600)], 600, Path({str(tmp_path)
 def test_parts_are_there_and_leave_few_files(suite, tiny, tmp_path):
     chosen = suite.parts(tmp_path, "cpu" if tiny else "auto", tiny)
     assert [part.name for part in chosen] == [
-        *("tests", "numerics", "verify", "epoch-resnet18"),
+        *("tests", "numerics", "verify", "arms", "epoch-resnet18"),
         *("profile", "kernels", "epoch", "methods", "convolutions"),
     ]
     assert [part.name for part in chosen if part.left_out] == (
@@ -180,7 +180,7 @@ def test_parts_are_there_and_leave_few_files(suite, tiny, tmp_path):
     )
     outputs = [part.command[part.command.index("--out") + 1] for part in chosen if "--out" in part.command]
     assert all(Path(path).parent == tmp_path for path in outputs)
-    assert len({*outputs, "logs.txt", "summary.json"}) <= 9
+    assert len({*outputs, "logs.txt", "summary.json"}) <= 10
     for part in chosen:
         assert part.command[:2] == [sys.executable, "-m"] and find_spec(part.command[2])
         for argument in part.command[3:]:
@@ -219,7 +219,7 @@ def commands_of(reproduce, out: Path, tiny: bool = False) -> dict[str, object]:
 
 def test_what_matters_most_comes_first(reproduce, tmp_path):
     names = list(commands_of(reproduce, tmp_path))
-    order = ["tests", "epoch-resnet18", "afd-released", "afd-paper", "vaft-matched", "autoattack-afd"]
+    order = ["tests", "verify", "arms", "epoch-resnet18", "afd-released", "afd-paper", "vaft-matched", "autoattack-afd"]
     order += ["autoattack-vaft", "profile", "epoch", "natural", "afd-own", "methods", "afd-released-seed1"]
     order += ["convolutions"]
     assert [name for name in names if name in order] == order and len(set(names)) == len(names)

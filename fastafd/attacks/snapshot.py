@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastafd.attacks.folded import RELUS, Folded, join
 from fastafd.kernels import attack_head
 
 
@@ -86,6 +87,7 @@ class Snapshot(nn.Module):
                 scale, shift = scale_and_shift(norm)
                 folded.conv.weight.copy_(conv.weight * scale[:, None, None, None])
                 folded.shift.copy_(shift if conv.bias is None else shift + conv.bias * scale)
+            folded.prepare()
         for norm, affine in self._affines:
             scale, shift = scale_and_shift(norm)
             affine.scale.copy_(scale)
@@ -189,6 +191,7 @@ class Snapshot(nn.Module):
                 folded = Folded(source, dtype)
                 self._folds.append((source, None, folded))
                 net.set_submodule(node.target, folded)
+        join(net)
         (images,) = (node for node in graph.nodes if node.op == "placeholder")
         if len(images.users) == 1:
             (first,) = images.users
@@ -197,25 +200,6 @@ class Snapshot(nn.Module):
         net.delete_all_unused_submodules()
         net.recompile()
         return net
-
-
-class Folded(nn.Module):
-    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's own."""
-
-    shift: Tensor
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
-        super().__init__()
-        wide = conv.weight.dtype
-        self.conv = copy.deepcopy(conv).requires_grad_(False)
-        self.conv.bias = None
-        narrow = dtype if dtype.itemsize < wide.itemsize else wide
-        self.conv.to(dtype=narrow).to(memory_format=torch.channels_last)
-        self.register_buffer("shift", torch.zeros(conv.out_channels, dtype=wide, device=conv.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv(x.to(self.conv.weight.dtype))
-        return (out + self.shift[:, None, None]).to(out.dtype)
 
 
 class Affine(nn.Module):
@@ -253,7 +237,7 @@ def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None
         kind: Any = type(modules[node.target]) if node.op == "call_module" else node.target
         if _pools(node, modules):
             pooled = True
-        elif pooled and kind in (nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"):
+        elif pooled and kind in RELUS:
             return node
         elif kind not in (nn.Identity, nn.Dropout, nn.Flatten, torch.flatten, "flatten"):
             return None

@@ -1,0 +1,191 @@
+"""Seconds of an AFD step with each form of the attack's convolutions, beside the plain form's: what a GPU decides on.
+
+    python -m benchmarks.arms [--arch resnet18] [--batch 128] [--steps 20] [--rounds 5] [--out FILE]
+    python -m benchmarks.arms --device cpu --tiny --out FILE      # a rehearsal: the forms run their references there
+
+Of fastafd's fast step of recipe `released`, on random pixels; on a CPU in one thread. Each row is timed with the plain
+form in turn, round after round; "x plain" is the median of the rounds' ratios, an epoch 50,000 images.
+
+    chosen      the form that every convolution gets from its own timings (fastafd.attacks.choice), as a run takes it
+    fused, turned, bits, padded    that arm alone, wherever it applies (fastafd.attacks.arms)
+    layout      plain, in a process with TORCHINDUCTOR_FORCE_LAYOUT_OPT=1: Inductor lays out every graph anew, as it
+                does those that hold a convolution's backward
+    templates   turned, in a process in which Inductor tries its convolution templates, whose epilogues take what
+                follows: needs PyTorch 2.14, since those before it gave wrong results on eight warps
+
+The last two have the plain form's seconds from before and after that process. "off" is how far the first step's loss is
+from the plain form's: above 1 % a form computes something else. A form that fails has the reason in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.epoch_tables import IMAGES
+from benchmarks.epoch_time import HERE, Step, random_batches, sampled, save
+from benchmarks.forms import our_step
+from benchmarks.kernels import device_name
+from fastafd.attacks.arms import ARMS, Form
+from fastafd.engine import Fast, resolve_amp, resolve_device
+from fastafd.models import build_model
+from fastafd.step import TrainStep
+
+FORMS: dict[str, Form | None] = {"plain": (), "chosen": None} | {name: (name,) for name in ARMS}
+# The environment of a process of its own, and the form that is timed there
+PROCESSES: dict[str, tuple[dict[str, str], str]] = {
+    "layout": ({"TORCHINDUCTOR_FORCE_LAYOUT_OPT": "1"}, "plain"),
+    "templates": (
+        {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN,TRITON"},
+        "turned",
+    ),
+}
+OFF = 0.01
+
+
+def step_with(net: nn.Module, amp: str, form: Form | None) -> TrainStep:
+    """fastafd's step whose attack has this form wherever it applies; None: as its own timings say."""
+    step = our_step(net, "afd", amp, "fast")
+    assert isinstance(step.engine, Fast) and step.engine.choice is not None
+    step.engine.choice.forced = form
+    return step
+
+
+def needs(name: str, device: torch.device) -> str:
+    """What a form cannot do without and has not, or nothing."""
+    if name == "templates" and device.type != "cuda":
+        return "needs CUDA"
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    return f"needs PyTorch 2.14, this is {torch.__version__}" if name == "templates" and version < (2, 14) else ""
+
+
+def measure(given: argparse.Namespace, device: torch.device, result: dict[str, Any], out: Path) -> None:
+    """A row for each form, written to `out` as soon as it is there."""
+    amp = result["amp"]
+    losses: dict[str, float] = {}
+    torch.manual_seed(0)
+    net = build_model(given.arch, 10).to(device)
+    batches = random_batches(given.batch, given.steps, device)
+
+    def built(name: str) -> TrainStep:
+        step = step_with(net, amp, FORMS[name])
+        losses[name] = float(step(*batches[0])["loss"])
+        if name == "chosen":
+            result["chosen"] = step.arms  # nothing on a CPU: nothing is timed there
+        return step
+
+    plain = built("plain")
+
+    def beside_plain(name: str, build: Callable[[], Step]) -> dict[str, Any]:
+        _, found = sampled({"plain": lambda: plain, name: build}, batches, given.rounds, device)
+        seconds, of_plain = found[name]["step_s"], found["plain"]["step_s"]
+        x_plain = statistics.median(a / b for a, b in zip(seconds, of_plain, strict=True))
+        return {"step_s": seconds, "plain_step_s": of_plain, "x_plain": x_plain, "loss": losses[name]}
+
+    for name in [*FORMS, *PROCESSES][1:]:
+        row: dict[str, Any] = {"form": name}
+        try:
+            if why := needs(name, device):
+                row["failed"] = why
+            elif name in FORMS:
+                row |= beside_plain(name, lambda name=name: built(name))  # type: ignore[misc]
+            else:
+                _, before = sampled({"plain": lambda: plain}, batches, given.rounds, device)
+                apart = in_a_process(given, name)
+                _, after = sampled({"plain": lambda: plain}, batches, given.rounds, device)
+                of_plain = before["plain"]["step_s"] + after["plain"]["step_s"]
+                x_plain = statistics.median(apart["step_s"]) / statistics.median(of_plain)
+                row |= apart | {"plain_step_s": of_plain, "x_plain": x_plain}
+        except Exception as error:  # whatever a compiler or a library has against a form: the others go on
+            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if "loss" in row:
+            row["off"] = abs(row["loss"] / losses["plain"] - 1)
+            row["epoch_s"] = statistics.median(row["step_s"]) * (IMAGES // given.batch)
+            row["plain_epoch_s"] = statistics.median(row["plain_step_s"]) * (IMAGES // given.batch)
+        result["rows"].append(row)
+        save(result, out)
+        gc.collect()
+        print(line(row), flush=True)
+
+
+def in_a_process(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Seconds of a step in each round, and the first step's loss, where the environment says how to compile."""
+    environment, form = PROCESSES[name]
+    command = [sys.executable, "-m", "benchmarks.arms", "--only", form, "--arch", given.arch, "--device", given.device]
+    for flag in ("batch", "steps", "rounds"):
+        command += [f"--{flag}", str(getattr(given, flag))]
+    done = subprocess.run(command, env=os.environ | environment, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr[-300:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def only(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One form alone, in this process."""
+    torch.manual_seed(0)
+    step = step_with(build_model(given.arch, 10).to(device), resolve_amp("auto", device), FORMS[given.only])
+    batches = random_batches(given.batch, given.steps, device)
+    loss = float(step(*batches[0])["loss"])
+    _, found = sampled({given.only: lambda: step}, batches, given.rounds, device)
+    return {"step_s": found[given.only]["step_s"], "loss": loss}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A form in words."""
+    if "failed" in row:
+        return f"{row['form']}: no, {row['failed']}"
+    wrong = f", WRONG: its loss is off by {row['off']:.1%}" if not row["off"] <= OFF else ""
+    return (
+        f"{row['form']}: {1e3 * statistics.median(row['step_s']):.2f} ms a step, {row['epoch_s']:.2f} s an epoch,"
+        f" {row['x_plain']:.3f} x plain ({row['plain_epoch_s']:.2f} s){wrong}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.arms", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--arch", default="resnet18", help="network")
+    parser.add_argument("--batch", type=int, default=128, help="images a step")
+    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that mean nothing")
+    parser.add_argument("--only", choices=list(FORMS), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    given = parser.parse_args(argv)
+    device = resolve_device(given.device)
+    if given.tiny:
+        given.arch, given.batch, given.steps, given.rounds = "resnet8_half", 4, 1, 2
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if given.only:
+        print(json.dumps(only(given, device)))
+        return 0
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
+    out = given.out or HERE / "results" / f"arms-{name}.json"
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
+    result |= {"arch": given.arch, "batch": given.batch, "amp": resolve_amp("auto", device)}
+    result |= {"references": device.type == "cpu", "rows": []}
+    note = "; the forms run as their references: these figures say nothing of a GPU" if device.type == "cpu" else ""
+    print(f"{given.arch}, batch {given.batch}, {result['device']}, PyTorch {torch.__version__}{note}", flush=True)
+    measure(given, device, result, out)
+    print(f"\nall of it in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

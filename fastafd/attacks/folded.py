@@ -1,0 +1,127 @@
+"""A convolution of the snapshot, with the shift of its BatchNorm and, where they follow, a residual sum and a ReLU."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastafd.attacks.arms import ARMS, Form, joined, site_of
+
+RELUS = (nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_")
+SUMS = (operator.add, torch.add, "add")
+SUMS_IN_PLACE = (operator.iadd, "add_")
+
+
+class Folded(nn.Module):
+    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's own.
+
+    relu: whether a ReLU is part of it. forms: the form (`fastafd.attacks.arms`) by the shape of its input; any other
+    shape has the plain one.
+    """
+
+    shift: Tensor
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        super().__init__()
+        wide = conv.weight.dtype
+        self.conv = copy.deepcopy(conv).requires_grad_(False)
+        self.conv.bias = None
+        narrow = dtype if dtype.itemsize < wide.itemsize else wide
+        self.conv.to(dtype=narrow).to(memory_format=torch.channels_last)
+        self.register_buffer("shift", torch.zeros(conv.out_channels, dtype=wide, device=conv.weight.device))
+        self.relu = False
+        self.forms: dict[tuple[int, ...], Form] = {}
+        self.counts: dict[str, int] = {}  # of an arm's prepared tensors
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.to(self.conv.weight.dtype)
+        form = self.forms.get(tuple(x.shape), ())
+        if form:
+            site = site_of(self.conv, self.relu)
+            assert site is not None
+            prepared = [self._prepared(name) for name in form]
+            return joined(x, residual, self.conv.weight, self.shift, site, form, prepared)
+        out = self.conv(x)
+        out = (out + self.shift[:, None, None]).to(out.dtype)
+        out = out if residual is None else out + residual
+        return out.relu() if self.relu else out
+
+    def take(self, shape: tuple[int, ...], form: Form) -> None:
+        """Let inputs of this shape have the form from now on; what it prepares is there after `prepare`."""
+        self.forms[shape] = form
+        site = site_of(self.conv, self.relu)
+        for name in form:
+            if name not in self.counts:
+                assert site is not None
+                tensors = ARMS[name].prepare(self.conv.weight, self.shift, site)
+                self.counts[name] = len(tensors)
+                for index, tensor in enumerate(tensors):
+                    own = tensor.clone(memory_format=torch.preserve_format)
+                    self.register_buffer(f"{name}_{index}", own)
+
+    def prepare(self) -> None:
+        """Bring what the forms prepare up to the weight, in place: once a step."""
+        site = site_of(self.conv, self.relu) if self.counts else None
+        if site is not None:
+            for name in self.counts:
+                tensors = ARMS[name].prepare(self.conv.weight, self.shift, site)
+                for own, tensor in zip(self._prepared(name), tensors, strict=True):
+                    own.copy_(tensor)
+
+    def _prepared(self, name: str) -> list[Tensor]:
+        return [getattr(self, f"{name}_{index}") for index in range(self.counts[name])]
+
+
+def join(net: fx.GraphModule) -> None:
+    """Make the residual sum and the ReLU behind a `Folded` part of it: conv [-> sum] -> ReLU, read by nothing else.
+
+    The arithmetic stays what it was. The convolution waits for the sum: its input is still the same then, since a
+    weight's gradient would need it too.
+    """
+    graph, modules = net.graph, dict(net.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        folded = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(folded, Folded) or calls[node.target] > 1 or len(node.users) != 1:
+            continue
+        (x,), (after,) = node.args, node.users
+        residual = _added(after, node)
+        last = after if residual is None else _only_user(after)
+        if last is None or not _is_relu(last, modules):
+            continue
+        if residual is x:
+            continue  # PyTorch 2.14 compiles no autograd.Function that takes a tensor twice
+        with graph.inserting_before(node if residual is None else after):
+            whole = graph.call_module(node.target, (x,) if residual is None else (x, residual))
+        last.replace_all_uses_with(whole)
+        for gone in dict.fromkeys((last, after, node)):
+            graph.erase_node(gone)
+        folded.relu = True
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _added(after: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What `after` adds to the node, if that is all it does and no other tensor is written."""
+    if after.kwargs or len(after.args) != 2 or after.op not in ("call_function", "call_method"):
+        return None
+    first, second = after.args
+    if after.target in SUMS_IN_PLACE and first is not node:
+        return None
+    other = second if first is node else first
+    named = after.target in (*SUMS, *SUMS_IN_PLACE)
+    return other if named and isinstance(other, fx.Node) and other is not node else None
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.ReLU and not (module._forward_hooks or module._forward_pre_hooks)
+    return node.op in ("call_function", "call_method") and node.target in RELUS

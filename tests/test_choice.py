@@ -1,0 +1,200 @@
+"""How the forms of the attack's convolutions are chosen: by timings, which here come from a clock of the test's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_arms import Wide, forms_in, network, snapshot_of
+from tiny import CLASSES, Wilful, afd_step, batches, needs_gpu, tiny, unsettled
+
+import fastafd
+from fastafd.attacks import Choice, Snapshot, choice, machine
+from fastafd.attacks.arms import ARMS
+from fastafd.console import Console
+from fastafd.loop import note_arms
+from fastafd.models import build_model
+
+CPU = torch.device("cpu")
+X = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+STEM = "2x3x8x8, 32x3x3x3, stride 1x1, padding 1x1, relu, float64"
+LAST = "2x32x8x8, 32x32x3x3, stride 2x2, padding 1x1, float64"  # its ReLU is the attack head's
+
+
+class Clock:
+    """Seconds by form, 1.0 of the plain one; what it was asked for."""
+
+    def __init__(self, **seconds: float):
+        self.seconds, self.asked = seconds, []
+
+    def __call__(self, calls):
+        name = next(name for name in calls if name != "plain")
+        assert list(calls) == ["plain", name]
+        self.asked.append(name)
+        return {"plain": 1.0, name: self.seconds[name.replace("+", "_")]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def chosen_by(clock, snapshot=None, **more) -> Choice:
+    made = Choice(snapshot or snapshot_of(network(Wide())), CPU, Console(), clock, lambda function: function, **more)
+    made.choose(X)
+    return made
+
+
+def test_nothing_is_timed_on_a_cpu():
+    made = Choice(snapshot_of(network(Wide())), CPU, Console())
+    made.choose(X)
+    assert made.clock is None and made.state() == {} and forms_in(made.snapshot) == []
+
+
+def test_the_faster_form_is_taken_where_it_was_timed():
+    """A slow one is not, nor one that wins by less than the margin; where no arm applies nothing is timed."""
+    clock = Clock(fused=0.5, bits=1.5, turned=1 - choice.MARGIN + 0.01, padded=3.0)
+    made = chosen_by(clock)
+    assert made.chosen == {STEM: "fused", LAST: "plain"}
+    assert forms_in(made.snapshot) == ["fused"]
+    assert clock.asked == ["fused", "turned", "bits", "padded", "turned"]
+    assert made.snapshot.net.conv1.forms == {tuple(X.shape): ("fused",)}
+
+
+def test_forms_that_win_are_tried_together():
+    """Where together they are no faster than the best alone, that is taken; two in one place are not tried."""
+    seconds = {"fused": 0.5, "turned": 0.6, "bits": 0.7, "padded": 0.8}
+    clock = Clock(**seconds, fused_turned=0.4, fused_turned_padded=0.39)
+    made = chosen_by(clock)
+    assert [name for name in clock.asked if "+" in name] == ["fused+turned", "fused+turned+padded"]
+    assert made.chosen == {STEM: "fused+turned", LAST: "turned"}
+    (own,) = {form for form in made.snapshot.net.conv1.forms.values()}
+    assert own == ("fused", "turned")
+
+
+def test_timings_are_kept_and_read(own_cache):
+    clock = Clock(fused=0.5, turned=0.97, bits=1.0, padded=1.0)
+    chosen_by(clock)
+    (file,) = (own_cache / "arms").glob("*.json")
+    rows = json.loads(file.read_text())
+    assert rows[STEM]["fused"] == {"us": 0.5e6 / choice.SETS, "plain_us": 1e6 / choice.SETS}
+    again = Clock()
+    assert chosen_by(again).chosen == {STEM: "fused", LAST: "plain"} and again.asked == []
+    del rows[STEM]["bits"]  # as a file of a version without it
+    file.write_text(json.dumps(rows))
+    more = Clock(bits=0.2)
+    assert chosen_by(more).chosen[STEM] == "bits" and more.asked == ["bits"]
+    file.write_text("{ nonsense")
+    assert chosen_by(Clock(fused=1.0, turned=0.3, bits=1.0, padded=1.0)).chosen == {STEM: "turned", LAST: "turned"}
+
+
+def test_a_wrong_form_is_never_taken(monkeypatch, capsys):
+    """One whose output is off by more than the bound, one whose gradient is: though they are fast, and with a line."""
+    fused, turned = ARMS["fused"], ARMS["turned"]
+    off = {"forward": lambda *given: tuple(2 * v for v in fused.forward(*given))}
+    monkeypatch.setitem(ARMS, "fused", replace(fused, **off))
+    monkeypatch.setitem(ARMS, "turned", replace(turned, dgrad=lambda *given: turned.dgrad(*given) * (1 + 1e-6)))
+    clock = Clock(bits=1.0, padded=1.0)
+    made = chosen_by(clock)
+    assert made.chosen == {STEM: "plain", LAST: "plain"} and "fused" not in clock.asked
+    said = capsys.readouterr().err
+    assert f"fused is not used for {STEM}: wrong: its output is off by 100.0%" in said
+    assert f"turned is not used for {LAST}: wrong: a gradient is off" in said
+
+
+def test_what_cannot_be_timed_is_plain(capsys):
+    def clock(calls):
+        if "fused" in calls:
+            raise RuntimeError("no engine\nfor this shape")
+        return {name: 1.0 if name == "plain" else 2.0 for name in calls}
+
+    made = chosen_by(clock)
+    assert made.chosen[STEM] == "plain"
+    assert "fused is not used for" in (said := capsys.readouterr().err) and "RuntimeError: no engine for this" in said
+
+
+def test_nan_and_shapes_are_differences():
+    a = torch.ones(2, 2)
+    assert choice.difference((a,), (a,)) == "" and choice.difference((0 * a,), (0 * a,)) == ""
+    assert choice.difference((a * float("nan"),), (a,)) and choice.difference((a[:1],), (a,))
+    assert choice.difference((a.double(),), (a,)) and choice.difference((a, 1.2 * a), (a, a)).startswith(
+        "wrong: a grad"
+    )
+    assert choice.difference((1.01 * a, 1.05 * a), (a, a)) == "" and choice.difference((1.03 * a,), (a,))
+
+
+def test_trials_are_compiled_as_the_attack_is():
+    """By the compiler, in one graph, with the gradient inside; here of one convolution."""
+    made = Choice(snapshot_of(network(Wide())), CPU, Console(), Clock(turned=0.5))
+    made.snapshot.refresh()
+    case = made._cases(X)[1]
+    row = {}
+    assert case.key == LAST and made._best(case, row) == ("turned",) and row["turned"]["us"] > 0
+
+
+def test_a_resumed_run_keeps_its_forms(capsys, tmp_path):
+    """By the state of a step; timings have changed meanwhile. On another machine they are chosen anew, with a line."""
+    first, second, third = (afd_step(tiny(Wide), "fast") for _ in range(3))
+    for step, fused, turned in ((first, 0.5, 1.0), (second, 1.0, 0.5), (third, 1.0, 0.5)):
+        own = step.engine.choice
+        own.clock = Clock(fused=fused, turned=turned, bits=1.0, padded=1.0)
+        own.compile = lambda function: function
+    assert "arms" not in first.state_dict()
+    first.engine.choice.choose(X)
+    state = first.state_dict()
+    assert state["arms"] == {"machine": machine(CPU), "forms": {STEM: "fused", LAST: "plain"}}
+    for file in (tmp_path / "arms").glob("*.json"):
+        file.unlink()
+    second.load_state_dict(state)
+    second.engine.choice.choose(X)
+    assert second.engine.choice.clock.asked == [] and second.arms == first.arms
+    capsys.readouterr()
+    third.load_state_dict(state | {"arms": state["arms"] | {"machine": "torch 1 NVIDIA H100"}})
+    assert "chosen anew: the run began on torch 1 NVIDIA H100, this is torch" in capsys.readouterr().err
+    third.engine.choice.choose(X)
+    assert third.arms["forms"] == {STEM: "turned", LAST: "turned"}
+
+
+def test_the_run_folder_says_which_forms_were_taken(tmp_path):
+    file = tmp_path / "env.json"
+    file.write_text('{"device": "a GPU"}')
+    note_arms(tmp_path, SimpleNamespace(arms={}))
+    assert json.loads(file.read_text()) == {"device": "a GPU"}
+    arms = {"machine": "m", "forms": {STEM: "fused"}}
+    note_arms(tmp_path, SimpleNamespace(arms=arms))
+    assert json.loads(file.read_text()) == {"device": "a GPU", "arms": arms}
+
+
+def test_a_network_that_cannot_be_traced_has_nothing_to_choose():
+    model = network(Wilful())
+    made = Choice(Snapshot(model.backbone, torch.float64, model.classifier, model.d1), CPU, Console(), Clock())
+    made.choose(X)
+    assert made.state() == {}
+
+
+def test_a_fast_step_chooses_at_its_first_batch():
+    step = afd_step(tiny(Wide), "fast", amp="fp32")
+    step.engine.choice.clock = Clock(fused=1.0, turned=1.0, bits=0.5, padded=1.0)
+    step.engine.choice.compile = lambda function: function
+    step(*batches(1)[0])
+    assert list(step.arms["forms"].values()) == ["bits", "plain"]
+    assert next(iter(step.arms["forms"])).startswith("8x3x8x8, 32x3x3x3")
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["resnet18", "wrn10_2"])
+def test_forms_on_a_gpu(arch, capsys):
+    """In bf16 with its own clock: every form works and is near the plain one; the timings are seconds."""
+    model = fastafd.disentangle(unsettled(build_model(arch, CLASSES))).cuda().eval()
+    made = Choice(Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1), torch.device("cuda"), Console())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        made.choose(torch.rand(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last))
+    assert "is not used for" not in capsys.readouterr().err
+    (file,) = (choice.cache_dir() / "arms").glob("*.json")
+    timings = [row for forms in json.loads(file.read_text()).values() for row in forms.values()]
+    assert len(timings) > 20 and all(0 < row["us"] < 1e5 and 0 < row["plain_us"] < 1e5 for row in timings)
