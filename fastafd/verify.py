@@ -52,7 +52,7 @@ from fastafd.certificate import (
 from fastafd.config import TrainConfig
 from fastafd.console import Bar, Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.engine import resolve_amp, resolve_device
+from fastafd.engine import Fast, resolve_amp, resolve_device
 from fastafd.evaluate import provenance
 from fastafd.files import as_json, save_text
 from fastafd.fine_tuning import step_of
@@ -169,6 +169,9 @@ def verify(
         fast = prepared("fast", amp, torch.float32)
         for batch in islice(batches, WARM_UPS):
             fast(*batch)  # the first compiles
+        assert isinstance(fast.engine, Fast) and isinstance(compiled.engine, Fast)
+        if compiled.engine.choice is not None and fast.engine.choice is not None:
+            compiled.engine.choice.follow(fast.engine.choice)
         compiled(*batch)
         for batch in islice(batches, BEFORE):
             exact(*batch)

@@ -40,6 +40,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "BUDGET_S", 1000.0)
     return tmp_path
 
 
@@ -90,6 +91,34 @@ def test_timings_are_kept_and_read(own_cache):
     assert chosen_by(more).chosen[STEM] == "bits" and more.asked == ["bits"]
     file.write_text("{ nonsense")
     assert chosen_by(Clock(fused=1.0, turned=0.3, bits=1.0, padded=1.0)).chosen == {STEM: "turned", LAST: "turned"}
+
+
+def test_a_run_times_for_a_while_and_the_next_goes_on(monkeypatch, capsys):
+    """The convolution of most arithmetic first; what was not timed stays plain, and a line says so."""
+    seconds = {"fused": 0.5, "turned": 0.5, "bits": 1.0, "padded": 1.0, "fused_turned": 1.0}
+    monkeypatch.setattr(choice, "BUDGET_S", 0.0)
+    none = Clock(**seconds)
+    made = chosen_by(none)
+    assert none.asked == [] and made.chosen == {STEM: "plain", LAST: "plain"} and forms_in(made.snapshot) == []
+    assert "2 are left to the next run to time" in capsys.readouterr().err
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(choice, "BUDGET_S", 5.0)
+    one = Clock(**seconds)
+    assert chosen_by(one).chosen == {STEM: "plain", LAST: "turned"} and one.asked == ["turned"]
+    monkeypatch.setattr(choice, "BUDGET_S", 1000.0)
+    rest = Clock(**seconds)
+    assert chosen_by(rest).chosen == {STEM: "fused", LAST: "turned"} and "turned" in rest.asked
+    assert rest.asked.count("turned") == 1 and "left to the next" not in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_snapshot_follows_another():
+    """As the step in float64 of a certificate does: the forms of the step that is verified, timed nowhere."""
+    first = chosen_by(Clock(fused=0.5, turned=0.6, bits=1.0, padded=1.0, fused_turned=0.3))
+    second = Choice(snapshot_of(network(Wide())), CPU, Console(), Clock())
+    second.follow(first)
+    second.choose(X)
+    assert forms_in(second.snapshot) == forms_in(first.snapshot) == ["fused", "turned", "turned"]
 
 
 def test_a_wrong_form_is_never_taken(monkeypatch, capsys):

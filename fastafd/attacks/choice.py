@@ -3,8 +3,9 @@
 A convolution is timed with its input's gradient, compiled, in the plain form and in each that applies, in turn. A form
 is taken where it needs at most 1 - MARGIN of the plain form's seconds; two that win are tried together, and taken so
 where that wins as much again. One that fails, or whose results are further from the plain form's than BOUNDS, is
-never taken. Timings are kept in the cache folder, a file for each PyTorch, CUDA, Triton, GPU and type; deleted, it is
-made anew. On a CPU nothing is timed.
+never taken. Timings are kept in the cache folder, a file for each PyTorch, CUDA, Triton and GPU; deleted, it is made
+anew. A run times for BUDGET_S seconds at most, the convolutions of most arithmetic first: what is left stays plain, and
+the next run goes on. On a CPU nothing is timed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fastafd.settings import RunError, cache_dir
 from fastafd.timing import interleaved_seconds
 
 MARGIN = 0.05  # of the plain form's seconds
+BUDGET_S = 120.0  # seconds that a run spends on timing, compilation included
 SETS = 4  # inputs of a timed call, so that not all of it stays in the L2 cache
 # How far a form's output and gradients may be from the plain form's, relative, in the norm. A ReLU whose input is near
 # zero falls on either side in low precision, and a gradient passes or does not: one in 5,000 of them makes 0.02.
@@ -48,6 +50,12 @@ class Case(NamedTuple):
     folded: Folded
     x: Tensor
     residual: Tensor | None
+
+    @property
+    def products(self) -> int:
+        """How many multiplications it needs, but for its borders."""
+        rows, columns = self.folded.conv.stride
+        return self.x.shape[0] * self.x.shape[2:].numel() // (rows * columns) * self.folded.conv.weight.numel()
 
     @property
     def key(self) -> str:
@@ -91,6 +99,17 @@ class Choice:
         self.chosen: dict[str, str] = {}  # by case, what state() keeps
         self._kept: dict[str, str] = {}  # of the run that this one goes on with
         self._met: set[tuple[int, ...]] = set()
+        self._left = BUDGET_S  # seconds
+        self._untimed: set[str] = set()  # cases for which they were not enough
+
+    def follow(self, other: Choice) -> None:
+        """Take the forms that another snapshot of the same network has now, and time nothing."""
+        self.clock = None
+        modules = zip(self.snapshot.modules(), other.snapshot.modules(), strict=True)
+        for ours, theirs in modules:
+            if isinstance(ours, Folded) and isinstance(theirs, Folded):
+                for shape, form in theirs.forms.items():
+                    ours.take(shape, form)
 
     def choose(self, x: Tensor) -> None:
         """Give every convolution its form for images of x's shape (B,3,H,W), at the first call with it."""
@@ -105,26 +124,31 @@ class Choice:
                 case.folded.take(tuple(case.x.shape), tuple(name for name in self.forced if case.applies(name)))
             return
         began, new = time.perf_counter(), False
-        by_key = {case.key: case for case in cases}
+        by_key, keys = {case.key: case for case in cases}, Counter(case.key for case in cases)
         missing = [key for key in by_key if key not in self._kept]
         if missing:
             path = cache_dir() / "arms" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', machine(self.device))}.json"
             timings = read_timings(path)
-            before = as_json(timings)
             if any(key not in timings for key in missing):
-                self.console.line(f"timing forms of {len(missing)} convolutions, once for this GPU and batch size")
-            for key in missing:
+                self.console.line(
+                    f"timing forms of {len(missing)} convolutions, once for this GPU and batch size, at most"
+                    f" {self._left:.0f} s"
+                )
+            for key in sorted(missing, key=lambda key: -keys[key] * by_key[key].products):
+                before = as_json(timings)
                 self.chosen[key] = name_of(self._best(by_key[key], timings.setdefault(key, {})))
-            new = as_json(timings) != before
-            if new:
-                with suppress(RunError):  # a full disk costs the next run its time, not this one its life
-                    save_text(path, as_json(timings) + "\n")
+                if as_json(timings) != before:
+                    new = True
+                    with suppress(RunError):  # a full disk costs the next run its time, not this one its life
+                        save_text(path, as_json(timings) + "\n")
         self.chosen |= {key: self._kept[key] for key in by_key if key in self._kept}
         for case in cases:
             case.folded.take(tuple(case.x.shape), form_of(self.chosen[case.key]))
         counts = Counter(self.chosen[case.key] for case in cases)
         said = ", ".join(f"{name} {count}" for name, count in counts.most_common())
         spent = f", timed in {time.perf_counter() - began:.0f} s" if new else ""
+        if self._untimed:
+            spent += f"; {len(self._untimed)} are left to the next run to time"
         self.console.line(f"forms of the attack's {len(cases)} convolutions: {said}{spent}")
 
     def state(self) -> dict[str, Any]:
@@ -174,8 +198,13 @@ class Choice:
     def _ratio(self, tried: Trial, form: Form, row: dict[str, Any]) -> float:
         """Seconds of the form by those of the plain one beside it; infinite where it does not work."""
         name = name_of(form)
+        if name not in row and self._left <= 0:
+            self._untimed.add(tried.case.key)
+            return float("inf")
         if name not in row:
+            began = time.perf_counter()
             row[name] = self._measured(tried, form)
+            self._left -= time.perf_counter() - began
             if isinstance(row[name], str):
                 self.console.line(f"{name} is not used for {tried.case.key}: {row[name]}")
         return float("inf") if isinstance(row[name], str) else row[name]["us"] / row[name]["plain_us"]
