@@ -23,6 +23,7 @@ from fastafd.attacks.arms import (
     turned_weights,
     unpack,
 )
+from fastafd.attacks.conv_relu import conv_relu, conv_relu_by_cudnn
 from fastafd.attacks.folded import Folded
 from fastafd.console import Console
 from fastafd.models import build_model
