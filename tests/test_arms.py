@@ -15,8 +15,6 @@ import fastafd
 from fastafd.attacks import Choice, Snapshot, input_gradient
 from fastafd.attacks.arms import (
     ARMS,
-    conv_relu,
-    conv_relu_by_cudnn,
     goes_together,
     pack,
     turned_gradient,

@@ -5,7 +5,7 @@
     turned    the input's gradient as forward convolutions with weights flipped beforehand: one at stride 1, at stride s
               one for each of the s x s places that a pixel can have, with the taps that meet it
     bits      where the ReLU let its input through kept as one bit of an int32, for 32 channels a word: the gradient
-              reads 1/16 of the bytes of a bf16 output. PyTorch 2.11 makes two kernels of it and moves more than it saves
+              reads 1/16 of the bytes of a bf16 output. PyTorch 2.11 makes two kernels of it, which move more than that
     padded    the stem's input and weight filled up with zeros to 8 channels
 
 A form is a tuple of arms, () the plain one. Only the gradients of the images and of the residual exist. An arm says to
