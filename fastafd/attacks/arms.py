@@ -269,19 +269,22 @@ class Joined(torch.autograd.Function):
             out = plain_sum(x, residual, weight, shift, site)
             out = out.relu() if site.relu else out
             found = out, out
-        ctx.save_for_backward(x, weight, found[1], *tensors)
+        # An output without a ReLU is not kept: what follows may write into it.
+        ctx.save_for_backward(x, weight, *tensors, *([found[1]] if site.relu else []))
         ctx.fixed, ctx.form, ctx.counts, ctx.residual = fixed, form, counts, residual is not None
         return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
-        x, weight, kept, *tensors = ctx.saved_tensors
+        x, weight, *rest = ctx.saved_tensors
+        tensors = rest[: sum(ctx.counts)]
         site, own = Site(*ctx.fixed), _shared_out(ctx.form, ctx.counts, tensors)
         let, dx = None, None
         for name in ctx.form:
             let = ARMS[name].let or let
         if site.relu:
+            kept = rest[-1]
             g = torch.where(kept <= 0, 0, g) if let is None else let(kept, g)
         for name in ctx.form:
             dgrad = ARMS[name].dgrad
