@@ -15,14 +15,13 @@ import fastafd
 from fastafd.attacks import Choice, Snapshot, input_gradient
 from fastafd.attacks.arms import (
     ARMS,
-    conv_relu,
-    conv_relu_by_cudnn,
     goes_together,
     pack,
     turned_gradient,
     turned_weights,
     unpack,
 )
+from fastafd.attacks.conv_relu import conv_relu, conv_relu_by_cudnn
 from fastafd.attacks.folded import Folded
 from fastafd.console import Console
 from fastafd.models import build_model

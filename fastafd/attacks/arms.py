@@ -5,7 +5,7 @@
     turned    the input's gradient as forward convolutions with weights flipped beforehand: one at stride 1, at stride s
               one for each of the s x s places that a pixel can have, with the taps that meet it
     bits      where the ReLU let its input through kept as one bit of an int32, for 32 channels a word: the gradient
-              reads 1/16 of the bytes of a bf16 output
+              reads 1/16 of the bytes of a bf16 output. PyTorch 2.11 makes two kernels of it, which move more than that
     padded    the stem's input and weight filled up with zeros to 8 channels
 
 A form is a tuple of arms, () the plain one. Only the gradients of the images and of the residual exist. An arm says to
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastafd.attacks.conv_relu import conv_relu, out_size
+
 CHANNELS, WORD = 8, 32  # of a padded stem; bits of a word
 Form = tuple[str, ...]
 Pair = tuple[int, int]
@@ -35,55 +37,6 @@ class Site(NamedTuple):
     stride: Pair
     padding: Pair
     relu: bool
-
-
-# -- fused --------------------------------------------------------------------------------------------------------
-
-
-def conv_relu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    out = F.conv2d(x, weight, bias, stride, padding)
-    return (out if residual is None else out + residual).relu()
-
-
-@torch.library.custom_op("fastafd::conv_relu", mutates_args=())
-def conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """relu(conv2d(x, weight, bias) + residual), channels_last; x (B,C,H,W), weight (D,C,k,l), bias (D,), all one type.
-
-    On CUDA one call of cuDNN, but for float64. It has no derivative of its own: `Joined` has.
-    """
-    out = conv_relu_reference(x, weight, bias, residual, stride, padding)
-    return out.contiguous(memory_format=torch.channels_last)
-
-
-@conv_relu.register_kernel("cuda")
-def conv_relu_by_cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    if x.dtype == torch.float64:
-        out = conv_relu_reference(x, weight, bias, residual, stride, padding)
-    elif residual is None:
-        out = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, stride, padding, [1, 1], 1)
-    else:
-        out = torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, [1, 1], 1)
-    return out.contiguous(memory_format=torch.channels_last)
-
-
-@conv_relu.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    rows, columns = out_size(x.shape[2:], weight.shape[2:], stride, padding)
-    shape = x.shape[0], weight.shape[0], rows, columns
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def out_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """Rows and columns of a convolution's output."""
-    return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
 
 
 # -- turned -------------------------------------------------------------------------------------------------------
@@ -316,23 +269,22 @@ class Joined(torch.autograd.Function):
             out = plain_sum(x, residual, weight, shift, site)
             out = out.relu() if site.relu else out
             found = out, out
-        # Without a ReLU the output is not read again, and what follows may write into it.
-        kept = [found[1]] if site.relu else []
-        ctx.save_for_backward(x, weight, *kept, *tensors)
+        # An output without a ReLU is not kept: what follows may write into it.
+        ctx.save_for_backward(x, weight, *tensors, *([found[1]] if site.relu else []))
         ctx.fixed, ctx.form, ctx.counts, ctx.residual = fixed, form, counts, residual is not None
         return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
-        site = Site(*ctx.fixed)
-        x, weight, *tensors = ctx.saved_tensors
-        kept = tensors.pop(0) if site.relu else None
-        own = _shared_out(ctx.form, ctx.counts, tensors)
+        x, weight, *rest = ctx.saved_tensors
+        tensors = rest[: sum(ctx.counts)]
+        site, own = Site(*ctx.fixed), _shared_out(ctx.form, ctx.counts, tensors)
         let, dx = None, None
         for name in ctx.form:
             let = ARMS[name].let or let
-        if kept is not None:
+        if site.relu:
+            kept = rest[-1]
             g = torch.where(kept <= 0, 0, g) if let is None else let(kept, g)
         for name in ctx.form:
             dgrad = ARMS[name].dgrad

@@ -1,0 +1,55 @@
+"""Convolution, bias, residual and ReLU as one operation: on CUDA one call of cuDNN, elsewhere its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_relu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    out = F.conv2d(x, weight, bias, stride, padding)
+    return (out if residual is None else out + residual).relu()
+
+
+@torch.library.custom_op("fastafd::conv_relu", mutates_args=())
+def conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """relu(conv2d(x, weight, bias) + residual), channels_last; x (B,C,H,W), weight (D,C,k,l), bias (D,), all one type.
+
+    On CUDA one call of cuDNN, but for float64. It has no derivative of its own: `fastafd.attacks.arms.Joined` has.
+    """
+    out = conv_relu_reference(x, weight, bias, residual, stride, padding)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@conv_relu.register_kernel("cuda")
+def conv_relu_by_cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    if x.dtype == torch.float64:
+        out = conv_relu_reference(x, weight, bias, residual, stride, padding)
+    elif residual is None:
+        out = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, stride, padding, [1, 1], 1)
+    else:
+        out = torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, [1, 1], 1)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@conv_relu.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    rows, columns = out_size(x.shape[2:], weight.shape[2:], stride, padding)
+    shape = x.shape[0], weight.shape[0], rows, columns
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def out_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """Rows and columns of a convolution's output."""
+    return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
