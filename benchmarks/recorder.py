@@ -63,7 +63,7 @@ class Recorder(FakeTensorMode):
     def note(self, func: Any, args: Any, named: Any, out: Any) -> None:
         """Add what the call of an operation launches."""
         name = str(func)
-        if "convolution" in name:
+        if "convolution" in name or name.startswith("fastafd.conv_relu"):
             self.launches += convolutions(self.part, name, args, out)
             return
         reads, writes = accesses(func, args, named, out)
@@ -166,9 +166,9 @@ def accesses(func: Any, args: Any, named: Any, out: Any) -> tuple[list[Operand],
 def convolutions(part: str, name: str, args: Any, out: Any) -> list[Launch]:
     """A convolution, or the gradients of one as a launch each."""
     if "backward" not in name:
-        x, weight, bias = args[:3]
+        weight, residual = args[1], args[3] if "conv_relu" in name else None
         flops = 2 * out.shape[0] * out[0, 0].numel() * weight.numel()
-        return [Launch(part, "convolution", name, operands((x, weight, bias)), operands(out), flops)]
+        return [Launch(part, "convolution", name, operands((*args[:3], residual)), operands(out), flops)]
     grad, x, weight = args[:3]
     flops = 2 * grad.shape[0] * grad[0, 0].numel() * weight.numel()
     found = []

@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import fake_gpu, generated, recorder  # noqa: E402
 from fastafd.console import Console  # noqa: E402
+from fastafd.kernels.lazy import OPERATIONS  # noqa: E402
 
 CHIPS = (80, 89, 90)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,15 +112,13 @@ def launchers() -> list[dict]:
 
 def main(out: Path) -> None:
     said: list[str] = []
-    operations = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
-                  if name.startswith("fastafd::")}  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DISABLE_LINE_INFO": "1"}
         with mock.patch.object(Console, "line", lambda console, text: said.append(text)):
             rows, kernels = steps()
         with fake_gpu.fake_gpu():
             found = {"rows": rows, "launchers": launchers(), "builds": list(builds(kernels))}
-    found |= {"kernels": sorted(kernels), "operations": sorted(operations), "said": said}
+    found |= {"kernels": sorted(kernels), "operations": sorted(OPERATIONS), "said": said}
     out.write_text(json.dumps(found, indent=1))
 
 

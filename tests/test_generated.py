@@ -21,6 +21,7 @@ LAUNCHES = {
     "afkd": 472,
     "arrest": 520,
     "released": 471,
+    "trades": 9999,
 }
 CHIPS = (80, 89, 90)
 needs_cuda_build = pytest.mark.skipif(
