@@ -335,4 +335,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastafd.console import run as run_command
+
+    run_command(main)

@@ -33,7 +33,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
     return [
         Part("tests", python("pytest", *pytest, *tests), 120),
         Part("numerics", python("pytest", *pytest, "tests/test_kernel_numerics.py"), 60, slow),
-        Part("verify", python("fastafd.verify", *small, *few, *verify), 240),
+        Part("verify", python("fastafd.verify", *small, *few, *verify), 360),
         Part("arms", python("benchmarks.arms", *where, *rehearsal, *arms), 360),
         Part(
             "epoch-resnet18",
@@ -63,4 +63,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from fastafd.console import run as run_command
+
+    run_command(lambda: main(sys.argv[1:]))

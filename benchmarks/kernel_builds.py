@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -237,4 +236,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastafd.console import run as run_command
+
+    run_command(main)

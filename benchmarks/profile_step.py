@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -95,4 +94,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastafd.console import run as run_command
+
+    run_command(main)

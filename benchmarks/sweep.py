@@ -161,4 +161,6 @@ def run(module: str, arguments: list[Any], name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from fastafd.console import run as run_command
+
+    run_command(lambda: main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from fastafd.console import end
 from fastafd.engine import enough_memory
 from fastafd.files import save_text
 from fastafd.loop import Stopped
@@ -142,12 +143,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     if line:
         with suppress(BrokenPipeError):
             print(re.sub(r"\s+", " ", line), file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:  # Python flushes once more as it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
+    end(code)
 
 
 def _stop_on_signals() -> None:

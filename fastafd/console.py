@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_EVERY_S = 15.0  # seconds between two progress lines where there is no terminal
+
+
+def end(code: int) -> NoReturn:
+    """End the process when all that it printed is written; a reader that has gone, as `head` does, is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python flushes once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Call a command and end with its exit code; 1 where nobody reads what it prints any more."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1
+    end(code)
 
 
 class Console:

@@ -62,7 +62,7 @@ from fastafd.methods import Natural
 from fastafd.models import build_model, check_model
 from fastafd.optim import make_sgd
 from fastafd.recipes import RECIPES, find_recipe
-from fastafd.settings import RunError, UsageError, cache_dir, check, choice, number, path, setting, text
+from fastafd.settings import RunError, UsageError, cache_dir, check, choice, number, optional, path, setting, text
 from fastafd.step import Inputs, TrainStep
 
 NATURAL, BEFORE = 20, 5  # steps of natural training, then of the recipe, before the first comparison
@@ -86,7 +86,9 @@ class VerifyConfig:
         "auto", "arithmetic that is verified; auto as in training", choice("auto", "bf16", "fp16", "fp32")
     )
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
-    batch_size: int = setting(32, "images a step", number(1, whole=True))
+    batch_size: int | None = setting(
+        None, "images a step; default 32, on a GPU 128 as in training", optional(number(1, whole=True))
+    )
     comparisons: int = setting(9, "common states from which a step is compared; best odd", number(1, whole=True))
     seed: int = setting(0, "seed of the weights, the batches and the attack's starts", number(0, 2**32, whole=True))
     out: Path = setting(Path("verify.json"), "the certificate", path)
@@ -102,6 +104,8 @@ def main(argv: list[str]) -> None:
     device = resolve_device(config.device)
     if config.arch == "auto":
         config = replace(config, arch="resnet18" if device.type == "cuda" else "resnet8_half")
+    batch_size = config.batch_size or (128 if device.type == "cuda" else 32)
+    config = replace(config, batch_size=batch_size)
     check_model(config.arch, config.normalize)
     recipe = recipe_of(config.recipe)
     amp = resolve_amp(config.amp, device)
@@ -218,6 +222,7 @@ def verify(
 
 def loader_of(config: VerifyConfig, dataset: Dataset, device: torch.device) -> Loader:
     """The training images, uint8."""
+    assert config.batch_size is not None
     return make_loader(
         "torch",
         dataset.train,

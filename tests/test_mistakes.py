@@ -240,13 +240,13 @@ def test_out_of_memory_outside_a_step_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("closed", ["stdout", "both"])
-@pytest.mark.parametrize("what", ["lines", "mistake", "table"])
+@pytest.mark.parametrize("what", ["lines", "mistake", "table", "command"])
 def test_a_reader_that_goes_away_gets_no_traceback(what, closed):
     """As in `fastafd ... | head`, also where what is printed is still in Python's buffer at the end."""
     code = """
 import sys
 from fastafd import cli
-from fastafd.console import Console
+from fastafd.console import Console, run
 from fastafd.settings import UsageError
 def main(argv):
     if argv[0] == "lines":
@@ -258,6 +258,8 @@ def main(argv):
         print("a line")
         raise UsageError("a mistake")
 sys.stdin.read()
+if sys.argv[1] == "command":
+    run(lambda: print("a line") or 0)
 cli.run(main, sys.argv[1:])
 """
     stderr = subprocess.STDOUT if closed == "both" else subprocess.PIPE
