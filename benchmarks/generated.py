@@ -257,8 +257,10 @@ def main() -> int:
     text = json.dumps(found, indent=1) + "\n"
     if given.out:
         given.out.write_text(text)
-    print(text if given.json else "\n".join([table(rows), "", about(found), *map(details, rows)]))
-    return 0
+    said = text if given.json else "\n".join([table(rows), "", about(found), *map(details, rows)])
+    from fastafd.console import run as run_command  # not above: torch must not be there before the stand-in
+
+    run_command(lambda: print(said) or 0)
 
 
 def methods(name: str, every: bool) -> list[Any]:
@@ -279,6 +281,4 @@ def methods(name: str, every: bool) -> list[Any]:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
-
-    run_command(main)
+    sys.exit(main())

@@ -21,7 +21,7 @@ LAUNCHES = {
     "afkd": 472,
     "arrest": 520,
     "released": 471,
-    "trades": 9999,
+    "trades": 564,
 }
 CHIPS = (80, 89, 90)
 needs_cuda_build = pytest.mark.skipif(
