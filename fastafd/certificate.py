@@ -200,7 +200,7 @@ def kernel_rows(comparisons: list[dict[str, dict[str, Deviation]]]) -> list[Row]
     for name in dict.fromkeys(name for kernels in comparisons for name in kernels):
         of_kernel = [kernels[name] for kernels in comparisons if name in kernels]
         for result in of_kernel[0]:
-            of_all: Callable[[list[float]], float] = largest if name in BIT_FOR_BIT else middle
+            of_all: Callable[[list[float]], float] = largest if name.split()[0] in BIT_FOR_BIT else middle
             eager, fused, limit = (of_all([d[result][i] for d in of_kernel]) for i in range(3))
             rows.append(row(f"kernel {name}", result, eager, fused, limit))
     return rows

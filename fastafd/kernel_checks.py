@@ -24,6 +24,7 @@ RESULTS = {
     "afd_gradients": ("features", "D1", "D2", "classifier weight", "classifier bias"),
     "kl_rows": ("divergences",),
     "kl_gradients": ("adversarial logits", "natural logits"),
+    "conv_relu": ("output",),
 }
 BIT_FOR_BIT = ("augment", "linf_step")
 
@@ -44,14 +45,16 @@ class Deviation(NamedTuple):
 
 
 class Watch:
-    """The first launch of each kernel by name, and how often each was launched.
+    """The first launch of each kernel at each shape, and how often each kernel was launched.
 
-    Launches of a CUDA graph's replay are not seen: Python does not make them.
+    Its name stands for a kernel at the first shape that it was met with, "name 2" at the next. Launches of a CUDA
+    graph's replay are not seen: Python does not make them.
     """
 
     def __init__(self) -> None:
         self.first: dict[str, Launch] = {}
         self.counts: dict[str, int] = {}
+        self._shapes: dict[str, list[tuple[torch.Size, ...]]] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -67,18 +70,25 @@ class Watch:
     def _around(self, name: str, fused: Callable[..., Any]) -> Callable[..., Any]:
         def launch(*operands: Any) -> Any:
             self.counts[name] = self.counts.get(name, 0) + 1
-            if name in self.first:
+            shape = tuple(operand.shape for operand in operands if isinstance(operand, Tensor))
+            shapes = self._shapes.setdefault(name, [])
+            if shape not in shapes:
+                shapes.append(shape)
+            index = shapes.index(shape)
+            label = f"{name} {index + 1}" if index else name
+            if label in self.first:
                 return fused(*operands)
             before = copies(operands)
             result = fused(*operands)
-            self.first[name] = Launch(before, listed(result, operands))
+            self.first[label] = Launch(before, listed(result, operands))
             return result
 
         return launch
 
 
-def deviations(name: str, launch: Launch) -> dict[str, Deviation]:
-    """Of every result of the kernel `name`: its distance from float64's, and by how much it is too long."""
+def deviations(label: str, launch: Launch) -> dict[str, Deviation]:
+    """Of every result of a kernel, as `Watch` names it: its distance from float64's, and by how much it is too long."""
+    name = label.split()[0]
     operation = OPERATIONS[name]
     operands, fused = launch
     if name == "afd_loss":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_graphs import OnTheCPU
 
-from benchmarks.faults import FAULTS
+from benchmarks.faults import FAULTS, kernels_on_a_cpu
 from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
 from fastafd.certificate import (
@@ -18,6 +18,7 @@ from fastafd.certificate import (
     Limit,
     attack_rows,
     float64_rows,
+    kernel_rows,
     largest,
     limits,
     middle,
@@ -25,7 +26,7 @@ from fastafd.certificate import (
     update_rows,
 )
 from fastafd.fine_tuning import step_of
-from fastafd.kernel_checks import Launch, deviations, nearly_tied
+from fastafd.kernel_checks import Launch, Watch, deviations, nearly_tied
 from fastafd.kernels.lazy import OPERATIONS
 from fastafd.settings import RunError, UsageError
 
@@ -215,6 +216,25 @@ def test_ties_of_wrong_classes_do_not_decide_over_a_kernel(monkeypatch):
     monkeypatch.setattr(operation, "fused", takes_the_other)
     found = deviations("afd_loss", Launch(operands, results))
     assert found["wrong labels"].fused == 0 and found["gradients of logits"].fused < 1e-3
+
+
+def test_a_kernel_is_checked_at_each_of_its_shapes():
+    """A form of convolutions is launched at many; a fault at one of them must show."""
+    watch, generator = Watch(), torch.Generator().manual_seed(0)
+    shapes = [((2, 3, 8, 8), (4, 3, 3, 3)), ((2, 4, 8, 8), (4, 4, 1, 1))]
+    operands = [(*(torch.randn(shape, generator=generator) for shape in pair), torch.randn(4)) for pair in shapes]
+
+    def wrong(x, weight, bias, residual, stride, padding):
+        out = OPERATIONS["conv_relu"].reference(x, weight, bias, residual, stride, padding)
+        return 1.01 * out if weight.shape[2] == 1 else out
+
+    with kernels_on_a_cpu(conv_relu=wrong), watch():
+        for x, weight, bias in 2 * operands:
+            torch.ops.fastafd.conv_relu(x, weight, bias, None, [1, 1], [weight.shape[2] // 2] * 2)
+        kernels = {label: deviations(label, launch) for label, launch in watch.first.items()}
+    assert watch.counts == {"conv_relu": 4} and list(kernels) == ["conv_relu", "conv_relu 2"]
+    ok = {one["group"]: one["ok"] for one in kernel_rows([kernels])}
+    assert ok == {"kernel conv_relu": True, "kernel conv_relu 2": False}
 
 
 def test_help_names_the_parts(capsys):

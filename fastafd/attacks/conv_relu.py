@@ -8,37 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastafd.kernels.lazy import operation
+
 
 def conv_relu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    out = F.conv2d(x, weight, bias, stride, padding)
-    return (out if residual is None else out + residual).relu()
-
-
-@torch.library.custom_op("fastafd::conv_relu", mutates_args=())
-def conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
     """relu(conv2d(x, weight, bias) + residual), channels_last; x (B,C,H,W), weight (D,C,k,l), bias (D,), all one type.
 
-    On CUDA one call of cuDNN, but for float64. It has no derivative of its own: `fastafd.attacks.arms.Joined` has.
+    It has no derivative of its own: `fastafd.attacks.arms.Joined` has.
     """
-    out = conv_relu_reference(x, weight, bias, residual, stride, padding)
+    out = F.conv2d(x, weight, bias, stride, padding)
+    out = (out if residual is None else out + residual).relu()
     return out.contiguous(memory_format=torch.channels_last)
 
 
-@conv_relu.register_kernel("cuda")
 def conv_relu_by_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    if x.dtype == torch.float64:
-        out = conv_relu_reference(x, weight, bias, residual, stride, padding)
-    elif residual is None:
+    """`conv_relu_reference` by one call of cuDNN."""
+    if residual is None:
         out = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, stride, padding, [1, 1], 1)
     else:
         out = torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, [1, 1], 1)
     return out.contiguous(memory_format=torch.channels_last)
+
+
+conv_relu = operation("conv_relu", conv_relu_reference, conv_relu_by_cudnn)
 
 
 @conv_relu.register_fake
