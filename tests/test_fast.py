@@ -170,7 +170,9 @@ def test_nothing_reads_the_teachers_features_before_its_stream_is_waited_for(rec
     assert waits == taught * [(side, here), (here, side)]
 
 
-def test_cudnn_may_try_its_algorithms_where_there_is_no_graph():
+def test_cudnn_may_try_its_algorithms_where_there_is_no_graph(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
     def tried(engine):
         step, seen = afd_step(tiny(), engine), []
         with mock.patch.object(step, "_attacked", lambda x, inputs: seen.append(torch.backends.cudnn.benchmark) or x):
