@@ -5,7 +5,7 @@
 
 Runs without a fault differ in the seed of weights, batches and attack's starts; networks and types of arithmetic take
 turns. Each fault of `benchmarks.faults` is planted once in each type; it counts as found where the certificate fails in
-the group where it stands. FILE is by default benchmarks/results/verify-rates-cpu.json, or verify-faults-cpu.json.
+the group where it stands. FILE is by default benchmarks/results/verify-rates-cpu.json, or verify-rates-faults-cpu.json.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def far(found: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["group"] for row in found["rows"] if not row["ok"]))
 
 
-def nearest(found: dict[str, Any]) -> dict[str, float]:
-    """By group the largest share of its limit that a quantity takes, where limits are above zero."""
-    shares: dict[str, float] = {}
+def nearest(found: dict[str, Any]) -> dict[str, Any]:
+    """The largest share of its limit that a quantity takes: in float64, and in the run's arithmetic with its group."""
+    shares: dict[bool, tuple[float, str]] = {True: (0.0, ""), False: (0.0, "")}
     for row in found["rows"]:
+        float64 = row["group"].startswith("float64")
         if row["limit"]:
-            shares[row["group"]] = round(max(shares.get(row["group"], 0.0), row["fast"] / row["limit"]), 4)
-    return shares
+            shares[float64] = max(shares[float64], (round(row["fast"] / row["limit"], 6), row["group"]))
+    return {"float64": shares[True][0], "share": shares[False][0], "group": shares[False][1]}
 
 
 def false_alarms(runs: int, arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -72,7 +73,7 @@ def false_alarms(runs: int, arches: list[str], amps: list[str], device: str, see
         (arch, amp), turn = kinds[index % len(kinds)], seed + index // len(kinds)
         found = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn)
         kind = {"arch": arch, "amp": amp, "seed": turn, "seconds": found["seconds"]}
-        yield kind | {"false_alarm": not found["verified"], "far": far(found), "share_of_limit": nearest(found)}
+        yield kind | {"false_alarm": not found["verified"], "far": far(found)} | nearest(found)
 
 
 def planted(arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -93,6 +94,35 @@ def expected(row: dict[str, Any]) -> bool:
     return bool(fault.group) and row["amp"] not in fault.hides_in
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: by network and arithmetic the false alarms and the nearest to a limit, or by fault where it is found."""
+    if "fault" in rows[0]:
+        amps = list(dict.fromkeys(row["amp"] for row in rows))
+        lines = ["| planted | " + " | ".join(amps) + " |", "|---" * (1 + len(amps)) + "|"]
+        for name, fault in FAULTS.items():
+            cells = ["found" if row["found"] else "not found" for row in rows if row["fault"] == name]
+            if fault.group:
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+    lines = [
+        "| network | arithmetic | runs | false alarms | largest share of a limit, float64 | the run's arithmetic |"
+    ]
+    lines.append("|---" * 6 + "|")
+    for arch, amp in dict.fromkeys((row["arch"], row["amp"]) for row in rows):
+        runs = [row for row in rows if (row["arch"], row["amp"]) == (arch, amp)]
+        worst, alarms = max(runs, key=lambda row: row["share"]), sum(row["false_alarm"] for row in runs)
+        of_float64 = max(row["float64"] for row in runs)
+        lines.append(
+            f"| {arch} | {amp} | {len(runs)} | {alarms} | {of_float64:.4f} | {worst['share']:.2f} ({worst['group']}) |"
+        )
+    return "\n".join(lines)
+
+
+def about(found: dict[str, Any]) -> str:
+    """On what, and when."""
+    return f"{found['device']}, one thread, PyTorch {found['torch']}, {found['date']}."
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.verify_rates", description=str(__doc__).splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -105,9 +135,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
     began, rows = time.monotonic(), []
-    out = given.out or HERE / "results" / f"verify-{'faults' if given.faults else 'rates'}-cpu.json"
+    out = given.out or HERE / "results" / f"verify-rates{'-faults' if given.faults else ''}-cpu.json"
     device = verify.resolve_device(given.device)
-    about = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
+    torch.set_num_threads(1)
+    machine = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     made = (
         planted(given.arch, given.amp, str(device), given.seed)
         if given.faults
@@ -115,7 +146,7 @@ def main(argv: list[str]) -> int:
     )
     for row in made:
         rows.append(row)
-        save_text(out, as_json({**about, "seconds": round(time.monotonic() - began), "rows": rows}) + "\n")
+        save_text(out, as_json({**machine, "seconds": round(time.monotonic() - began), "rows": rows}) + "\n")
     if given.faults:
         wrong = [row for row in rows if row["found"] != expected(row)]
         hidden = [row for row in rows if FAULTS[row["fault"]].group and not row["found"]]
@@ -126,7 +157,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(wrong)} false alarms in {len(rows)} runs")
     for row in wrong:
         print(row)
-    print(f"all of it in {out}")
+    print(f"\n{table(rows)}\n\n{about(machine)}\n\nall of it in {out}")
     return int(bool(wrong))
 
 
