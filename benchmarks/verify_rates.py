@@ -67,11 +67,13 @@ def nearest(found: dict[str, Any]) -> dict[str, Any]:
     return {"float64": shares[True][0], "share": shares[False][0], "group": shares[False][1]}
 
 
-def false_alarms(runs: int, arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
+def false_alarms(
+    runs: int, arches: list[str], amps: list[str], device: str, seed: int, size: list[str]
+) -> Iterator[dict[str, Any]]:
     kinds = [(arch, amp) for arch in arches for amp in amps]
     for index in range(runs):
         (arch, amp), turn = kinds[index % len(kinds)], seed + index // len(kinds)
-        found = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn)
+        found = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn, *size)
         kind = {"arch": arch, "amp": amp, "seed": turn, "seconds": found["seconds"]}
         yield kind | {"false_alarm": not found["verified"], "far": far(found)} | nearest(found)
 
@@ -95,7 +97,7 @@ def expected(row: dict[str, Any]) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: by network and arithmetic the false alarms and the nearest to a limit, or by fault where it is found."""
+    """Markdown: by network and arithmetic the false alarms and how near to a limit; or by fault where it is found."""
     if "fault" in rows[0]:
         amps = list(dict.fromkeys(row["amp"] for row in rows))
         lines = ["| planted | " + " | ".join(amps) + " |", "|---" * (1 + len(amps)) + "|"]
@@ -131,6 +133,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--arch", nargs="+", default=["resnet8_half"], help="networks")
     parser.add_argument("--amp", nargs="+", default=["fp32", "bf16", "fp16"], help="types of arithmetic")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--batch-size", help="images a step, where not verify's own")
+    parser.add_argument("--comparisons", help="comparisons of a run, where not verify's own")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
@@ -138,11 +142,13 @@ def main(argv: list[str]) -> int:
     out = given.out or HERE / "results" / f"verify-rates{'-faults' if given.faults else ''}-cpu.json"
     device = verify.resolve_device(given.device)
     torch.set_num_threads(1)
+    size = ["--batch-size", given.batch_size] if given.batch_size else []
+    size += ["--comparisons", given.comparisons] if given.comparisons else []
     machine = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     made = (
         planted(given.arch, given.amp, str(device), given.seed)
         if given.faults
-        else false_alarms(given.runs, given.arch, given.amp, str(device), given.seed)
+        else false_alarms(given.runs, given.arch, given.amp, str(device), given.seed, size)
     )
     for row in made:
         rows.append(row)
