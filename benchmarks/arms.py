@@ -53,6 +53,8 @@ PROCESSES: dict[str, tuple[dict[str, str], str]] = {
         "turned",
     ),
 }
+ORDER = ("chosen", "fused", "layout", "bits", "turned", "templates", "padded")  # what may decide most comes first
+SAME = ("device", "torch", "arch", "batch", "amp")  # of a FILE that a run goes on with
 OFF = 0.01
 
 
@@ -95,7 +97,8 @@ def measure(given: argparse.Namespace, device: torch.device, result: dict[str, A
         x_plain = statistics.median(a / b for a, b in zip(seconds, of_plain, strict=True))
         return {"step_s": seconds, "plain_step_s": of_plain, "x_plain": x_plain, "loss": losses[name]}
 
-    for name in [*FORMS, *PROCESSES][1:]:
+    done = {row["form"] for row in result["rows"]}
+    for name in [name for name in ORDER if name not in done]:
         row: dict[str, Any] = {"form": name}
         try:
             if why := needs(name, device):
@@ -180,6 +183,9 @@ def main(argv: list[str]) -> int:
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"arch": given.arch, "batch": given.batch, "amp": resolve_amp("auto", device)}
     result |= {"references": device.type == "cpu", "rows": []}
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    if all(earlier.get(key) == result[key] for key in SAME):  # it was cut short
+        result["rows"] = [row for row in earlier["rows"] if "failed" not in row]
     note = "; the forms run as their references: these figures say nothing of a GPU" if device.type == "cpu" else ""
     print(f"{given.arch}, batch {given.batch}, {result['device']}, PyTorch {torch.__version__}{note}", flush=True)
     measure(given, device, result, out)

@@ -166,7 +166,7 @@ FAULTS = {
     "kl_loss: a gradient 1 % too long": kernel("kl_gradients", times(1.01, 1), "trades"),
     "kl_loss: gradients exchanged": kernel("kl_gradients", lambda reference, *z: reference(*z)[::-1], "trades"),
     "loss 0.1 % too large": engine(
-        "float64, gradients", "loss", lambda right, self, batch: _scaled(right(self, batch), 1.001)
+        "float64, gradients", "loss", lambda right, self, batch: scaled(right(self, batch), 1.001)
     ),
     "one weight's gradient 1 % too long": engine("float64, gradients", "loss", with_gradient(1.01)),
     "the same in the run's arithmetic alone": replace(
@@ -187,5 +187,5 @@ FAULTS = {
 }
 
 
-def _scaled(loss: Loss, factor: float) -> Loss:
+def scaled(loss: Loss, factor: float) -> Loss:
     return loss._replace(total=factor * loss.total)

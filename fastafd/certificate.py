@@ -29,6 +29,7 @@ Values = dict[str, Tensor]  # float64, by "group: quantity"
 Row = dict[str, Any]
 
 FLOAT64 = 1e-9
+ROUNDINGS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}  # of a gradient, by the arithmetic of the run
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,20 @@ def update_rows(eager: Distances, fast: Distances, limits: dict[str, Limit]) -> 
     return rows
 
 
-def graph_rows(eager: Distances, graph: Distances, limits: dict[str, Limit], unrecorded: int) -> list[Row]:
-    """A replayed step from the same step launched kernel by kernel; unrecorded: steps that were not replayed."""
-    rows = [one | {"group": f"graph, {one['group']}"} for one in update_rows(eager, graph, limits)]
-    return [row("graph", "steps that were not replayed", None, float(unrecorded), 0.0), *rows]
+def graph_rows(again: Distances, graph: Distances, amp: str, unrecorded: int) -> list[Row]:
+    """A replayed step from the same step launched kernel by kernel; unrecorded: steps that were not replayed.
+
+    Both launch the same kernels. `again` is the step launched kernel by kernel once more: how far libraries that sum in
+    no fixed order come from themselves. A replay may come three times as far, and a few roundings.
+    """
+    rows = [row("graph", "steps that were not replayed", None, float(unrecorded), 0.0)]
+    for name, distances in graph.of.items():
+        group, quantity = name.split(": ")
+        of_both = middle(again.of[name]), middle(distances)
+        # Weights, statistics and averages are fp32 and move by a thousandth in a step, and so do their errors.
+        roundings = ROUNDINGS[amp] * (1.0 if group in ("loss terms", "gradients") else 0.02)
+        rows.append(row(f"graph, {group}", quantity, *of_both, 3 * of_both[0] + roundings))
+    return rows
 
 
 def attack_rows(attacks: list[dict[str, float]], limits: dict[str, Limit]) -> list[Row]:

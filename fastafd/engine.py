@@ -147,7 +147,7 @@ class Fast:
     ):
         self.model, self.method, self.attack, self.ema = model, method, attack, ema
         first = next(model.parameters())
-        self.device, self.amp = first.device, AMP[amp]
+        self.device, self.weights, self.amp = first.device, first.dtype, AMP[amp]
         keep_compiled(self.device)
         dtype = self.amp or first.dtype
         self.snapshot: Snapshot | None = None
@@ -226,7 +226,8 @@ class Fast:
 
     def average(self, weight: float | Tensor) -> None:
         if isinstance(self._average, Compiled) and not isinstance(weight, Tensor):
-            weight = torch.full((), weight, device=self.device)  # a number would be compiled anew in every step
+            # A number would be compiled anew in every step.
+            weight = torch.full((), weight, dtype=self.weights, device=self.device)
         if self._average is not None:
             self._average(weight)
 

@@ -246,7 +246,11 @@ def autoattack(
         raise RuntimeError("AutoAttack returned an image outside the ball or outside [0,1]")
     correct = accuracy_under(model, found.x_adv, y, None, batch_size, seed, console, f"{label} check")
     survivors = correct & (found.predicted == y)
-    return survivors, {"version": "standard", "accuracy_after": found.accuracy_after, "warnings": found.warnings}
+    warnings = list(found.warnings)
+    if torch.equal(found.x_adv, x):  # it keeps what it did not break, so that the mean loss is what it was
+        warnings.append("AutoAttack has changed no image, so it has not raised the mean loss")
+        console.line(f"{label}: {warnings[-1]}; look at the model before this accuracy")
+    return survivors, {"version": "standard", "accuracy_after": found.accuracy_after, "warnings": warnings}
 
 
 # -- counting -----------------------------------------------------------------------------------------------------

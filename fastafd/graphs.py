@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastafd.capture import capture
 from fastafd.console import Console
 
 WARM_UPS = 3  # calls before a recording, in which libraries choose their algorithms and buffers come to be
@@ -71,23 +70,5 @@ class Graphs:
 
     def _record(self, *inputs: Tensor | None) -> Any:
         held = tuple(None if v is None else v.clone() for v in inputs)
-        gc.collect()  # a graph that the collector destroyed meanwhile could break this one
-        here, graph = torch.cuda.current_stream(self.stream.device), torch.cuda.CUDAGraph()
-        try:
-            # Of this thread alone: a loader's thread may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                outputs = self.run(*held)
-        except Exception as error:
-            self._abandon(graph, here)
-            raise (error.__context__ or error) from None  # the first of them; the end of a broken recording is another
+        graph, outputs = capture(lambda: self.run(*held), self.stream, self.pool)
         return graph, held, outputs
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph, here: torch.cuda.Stream) -> None:
-        """Put right what a broken recording leaves: the current stream, the allocator, the default generator."""
-        torch.cuda.set_stream(here)
-        self.abandoned = graph  # kept: the allocator may still ask it
-        with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
-        with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros((), device=self.stream.device)
-        torch.cuda.set_stream(here)

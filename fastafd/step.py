@@ -5,7 +5,7 @@
 
 The parts, and all that is known of arithmetic types, compilers and BatchNorm modes, are in `fastafd.engine`; here is
 their order, and how they are launched: one after the other, or on CUDA by the fast engine as one graph. Nothing in a
-step waits for the device.
+step waits for the device, but in the first batch of a shape: its checks, the compilers, the timing of convolutions.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class TrainStep:
         return x, y, offsets, flips, noise, epoch
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
-        """The mistakes that a loop makes in its first batch or never: the one place that waits for the device."""
+        """The mistakes that a loop makes in its first batch or never; it waits for the device."""
         if x.is_floating_point() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
             raise UsageError(
                 f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
@@ -288,8 +288,11 @@ class TrainStep:
                 return self._run(inputs, weight, self._phases, probe)[0]
             with self.timer("step"):
                 self._set_scalars(weight)
-                figures, *seen = self.graphs(*inputs)
+                figures, *more = self.graphs(*inputs)
                 metrics = dict(zip(self._names, figures.clone().unbind()))  # the next step overwrites them
+                seen, grads = more[: self._seen], more[self._seen :]
+                for parameter, grad in zip(self._trained, grads, strict=True):
+                    parameter.grad = grad  # a replay writes into those of its recording
             if probe:  # the snapshot still has the weights before the update
                 with self.timer("probe"):
                     metrics |= self._probe(inputs[1], *seen)
@@ -326,8 +329,11 @@ class TrainStep:
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
         """`_run` as a CUDA graph takes it."""
         metrics, seen = self._run(inputs, self._weight, self._phases)
-        self._names = tuple(metrics)
-        return torch.stack([value.float() for value in metrics.values()]), *(t for t in seen if t is not None)
+        tensors = [t for t in seen if t is not None]
+        self._names, self._seen = tuple(metrics), len(tensors)
+        self._trained = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._trained if p.grad is not None]
+        return torch.stack([value.float() for value in metrics.values()]), *tensors, *grads
 
     def _set_scalars(self, weight: float) -> None:
         """What changes from step to step and is no input: a graph reads it from the device."""

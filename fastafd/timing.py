@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastafd.capture import capture
+
 
 class PhaseTimer:
     """`with timer("attack"):` adds to that phase. On CUDA between two events, which only `collect` waits for.
@@ -63,10 +65,7 @@ def interleaved_seconds(
             for _ in range(warm):
                 call()
         torch.cuda.synchronize(device)
-        graphs[name] = torch.cuda.CUDAGraph()
-        # Of this thread alone: a loader's thread may allocate meanwhile.
-        with torch.cuda.graph(graphs[name], stream=stream, capture_error_mode="thread_local"):
-            call()
+        graphs[name], _ = capture(call, stream)
     for graph in [*graphs.values()] * warm:
         graph.replay()
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)

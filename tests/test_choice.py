@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_arms import Wide, forms_in, network, snapshot_of
-from tiny import CLASSES, Wilful, afd_step, batches, needs_gpu, tiny, unsettled
+from tiny import Wilful, afd_step, batches, needs_gpu, tiny, unsettled
 
 import fastafd
 from fastafd.attacks import Choice, Snapshot, choice, machine
 from fastafd.attacks.arms import ARMS
 from fastafd.console import Console
 from fastafd.loop import note_arms
-from fastafd.models import build_model
 
 CPU = torch.device("cpu")
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -146,6 +145,26 @@ def test_what_cannot_be_timed_is_plain(capsys):
     assert "fused is not used for" in (said := capsys.readouterr().err) and "RuntimeError: no engine for this" in said
 
 
+def test_a_failure_that_passes_is_not_kept(capsys, own_cache):
+    """A GPU that another process fills says nothing of a form: the next run times it."""
+
+    def full(calls):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    assert chosen_by(full).chosen == {STEM: "plain", LAST: "plain"}
+    assert f"turned is not timed for {LAST}: CUDA out of memory. Tried to allocate" in capsys.readouterr().err
+    (file,) = (own_cache / "arms").glob("*.json")
+    assert list(json.loads(file.read_text()).values()) == [{}, {}]
+    later = Clock(fused=0.5, turned=1.0, bits=1.0, padded=1.0)
+    assert chosen_by(later).chosen[STEM] == "fused"
+
+
+def test_timing_leaves_the_generator_of_the_run_alone():
+    state = torch.get_rng_state()
+    chosen_by(Clock(fused=0.5, turned=1.0, bits=1.0, padded=1.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_nan_and_shapes_are_differences():
     a = torch.ones(2, 2)
     assert choice.difference((a,), (a,)) == "" and choice.difference((0 * a,), (0 * a,)) == ""
@@ -184,6 +203,10 @@ def test_a_resumed_run_keeps_its_forms(capsys, tmp_path):
     capsys.readouterr()
     third.load_state_dict(state | {"arms": state["arms"] | {"machine": "torch 1 NVIDIA H100"}})
     assert "chosen anew: the run began on torch 1 NVIDIA H100, this is torch" in capsys.readouterr().err
+    gone = state["arms"]["forms"] | {STEM: "woven"}
+    third.load_state_dict(state | {"arms": state["arms"] | {"forms": gone}})
+    assert "forms that there are no longer, chosen anew: woven" in capsys.readouterr().err
+    third.engine.choice._kept.clear()
     third.engine.choice.choose(X)
     assert third.arms["forms"] == {STEM: "turned", LAST: "turned"}
 
@@ -216,14 +239,13 @@ def test_a_fast_step_chooses_at_its_first_batch():
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", ["resnet18", "wrn10_2"])
-def test_forms_on_a_gpu(arch, capsys):
+def test_forms_on_a_gpu(capsys):
     """In bf16 with its own clock: every form works and is near the plain one; the timings are seconds."""
-    model = fastafd.disentangle(unsettled(build_model(arch, CLASSES))).cuda().eval()
+    model = fastafd.disentangle(unsettled(Wide())).cuda().eval()
     made = Choice(Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1), torch.device("cuda"), Console())
     with torch.autocast("cuda", dtype=torch.bfloat16):
         made.choose(torch.rand(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last))
     assert "is not used for" not in capsys.readouterr().err
     (file,) = (choice.cache_dir() / "arms").glob("*.json")
     timings = [row for forms in json.loads(file.read_text()).values() for row in forms.values()]
-    assert len(timings) > 20 and all(0 < row["us"] < 1e5 and 0 < row["plain_us"] < 1e5 for row in timings)
+    assert len(timings) > 4 and all(0 < row["us"] < 1e5 and 0 < row["plain_us"] < 1e5 for row in timings)

@@ -115,6 +115,18 @@ def test_an_attack_that_raises_no_loss_is_named(model, wrong, classifier, digits
     assert said == wrong == ("warnings" in result["pgd20"]) and "warnings" not in result["clean"]
 
 
+def test_autoattack_that_breaks_nothing_is_named(classifier, digits, capsys, monkeypatch):
+    from fastafd.attacks import AutoAttackFound
+
+    def breaks_nothing(model, x, y, *_):
+        return AutoAttackFound(x.clone(), model(x).argmax(1), {}, [])
+
+    monkeypatch.setattr(module, "run_autoattack", breaks_nothing)
+    result = evaluate(classifier, digits.test, ("autoattack",), n=8, autoattack_n=8, console=Console())
+    assert "AutoAttack has changed no image" in result["autoattack"]["warnings"][0]
+    assert "AutoAttack has changed no image" in capsys.readouterr().err
+
+
 class Rounded(nn.Module):
     def forward(self, x):
         return x.round()

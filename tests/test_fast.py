@@ -103,9 +103,10 @@ def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
     assert "not folded: torch.fx cannot trace it" in said and "the update is compiled in pieces: " in said
 
 
-def test_the_average_compiled_with_a_tensor_weight():
-    """As a GPU runs it; a CPU's fast step takes the average as it is."""
-    net = tiny(dtype=torch.float32)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_average_compiled_with_a_tensor_weight(dtype, tolerance):
+    """As a GPU runs it, to the precision of the weights; a CPU's fast step takes the average as it is."""
+    net = tiny(dtype=dtype)
     step = afd_step(net, "fast")
     average, live = EMA(step.model, 0.99), [*step.model.parameters(), *step.model.buffers()]
     step.engine._average = Compiled("the average", step.ema.move, Console())
@@ -118,10 +119,10 @@ def test_the_average_compiled_with_a_tensor_weight():
         average.move(weight)
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             # On CUDA a tensor from a recorded step, a number from one whose optimizer cannot be recorded.
-            step.engine.average(weight if index % 2 else torch.tensor(weight))
+            step.engine.average(weight if index % 2 else torch.tensor(weight, dtype=dtype))
     assert step.ema.module.backbone.bn1.num_batches_tracked == 4
     for a, b in zip(average.module.state_dict().values(), step.ema.module.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 class Reads(TorchDispatchMode):

@@ -30,9 +30,9 @@ def test_results_tables_are_the_committed_measurements():
     ids=lambda value: value if len(value) < 40 else "page",
 )
 def test_tables_of_speed_are_the_committed_measurements(page, name):
-    from benchmarks import convolutions, epoch_time, generated, kernel_builds, kernels
+    from benchmarks import convolutions, epoch_time, generated, kernel_builds, kernels, verify_rates
 
-    modules = (kernel_builds, kernels, epoch_time, convolutions, generated)
+    modules = (kernel_builds, kernels, epoch_time, convolutions, generated, verify_rates)
     of = next(of for of in modules if name.startswith(of.__name__.removeprefix("benchmarks.").replace("_", "-")))
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     rows = of.table(found if of is epoch_time else found["rows"])

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    ["settings", "kernels", "timing", "console", "paper", "charts"],
-    ["files", "kernel_checks"],
+    ["settings", "kernels", "console", "capture", "paper", "charts"],
+    ["files", "kernel_checks", "timing"],
     ["runs"],
     ["figures"],
     ["page"],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
 from test_graphs import OnTheCPU
 
-from benchmarks.faults import FAULTS, kernels_on_a_cpu
+from benchmarks.faults import FAULTS, kernels_on_a_cpu, scaled
 from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
 from fastafd.certificate import (
@@ -113,11 +114,48 @@ class WithoutAverage(OnTheCPU):
         return type("Recorded", (), {"replay": staticmethod(replay_without)}), held, outputs
 
 
+class WithALongerLoss(OnTheCPU):
+    """A replay whose loss, and with it every gradient, is 10 % too large."""
+
+    def _record(self, *inputs):
+        recorded, held, outputs = super()._record(*inputs)
+        engine = self.step.engine
+
+        def replay():
+            with mock.patch.object(engine, "loss", lambda batch: scaled(type(engine).loss(engine, batch), 1.1)):
+                recorded.replay()
+
+        return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
+
+
+class WithOldRates(OnTheCPU):
+    """A recording that keeps the learning rates it was made with."""
+
+    def _record(self, *inputs):
+        recorded, held, outputs = super()._record(*inputs)
+        first = [float(rate) for rate in self.step._rates]
+
+        def replay():
+            for rate, value in zip(self.step._rates, first):
+                rate.fill_(value)
+            recorded.replay()
+
+        return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "graphs, group",
-    [(OnTheCPU, None), (Refuses, "graph"), (WithOldInputs, "graph"), (WithoutAverage, "graph, averages")],
+    [
+        (OnTheCPU, None),
+        (Refuses, "graph"),
+        (WithOldInputs, "graph, gradients"),
+        (WithoutAverage, "graph, averages"),
+        (WithALongerLoss, "graph, gradients"),
+        (WithOldRates, "graph, weights"),
+    ],
 )
-def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, monkeypatch):
+def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, amp, monkeypatch):
     fast = []
 
     def recorded(*operands):
@@ -129,13 +167,14 @@ def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, monke
 
     monkeypatch.setattr(verify, "step_of", recorded)
     with uncompiled():
-        found = certificate(*ARGUMENTS)
+        found = certificate(*SMALL, "--amp", amp)
     (unreplayed,) = [row for row in found["rows"] if row["quantity"] == "steps that were not replayed"]
     _, step = fast  # that of float64 is compared without its graph
     assert step.graphs.replays == 3 - unreplayed["fast"] and len(step.graphs.recorded) == (graphs is not Refuses)
     if group is None:
         assert found["verified"] and unreplayed["fast"] == 0
-        assert {f"graph, {name}" for name in GROUPS - {"attack"}} <= {row["group"] for row in found["rows"]}
+        wanted = {f"graph, {name}" for name in GROUPS - {"attack", "gradients' lengths"}}
+        assert wanted <= {row["group"] for row in found["rows"]}
     else:
         assert not found["verified"] and any(name.startswith(group) for name in far(found))
         assert all(name.startswith("graph") for name in far(found))

@@ -4,8 +4,8 @@ A convolution is timed with its input's gradient, compiled, in the plain form an
 is taken where it needs at most 1 - MARGIN of the plain form's seconds; two that win are tried together, and taken so
 where that wins as much again. One that fails, or whose results are further from the plain form's than BOUNDS, is
 never taken. Timings are kept in the cache folder, a file for each PyTorch, CUDA, Triton and GPU; deleted, it is made
-anew. A run times for BUDGET_S seconds at most, the convolutions of most arithmetic first: what is left stays plain, and
-the next run goes on. On a CPU nothing is timed.
+anew. After BUDGET_S seconds a run begins to time no further form, the convolutions of most arithmetic being first: what
+is left stays plain, and the next run goes on. On a CPU nothing is timed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from fastafd.settings import RunError, cache_dir
 from fastafd.timing import interleaved_seconds
 
 MARGIN = 0.05  # of the plain form's seconds
-BUDGET_S = 120.0  # seconds that a run spends on timing, compilation included
+BUDGET_S = 120.0  # seconds of timing, compilation included, after which a run begins no further form
 SETS = 4  # inputs of a timed call, so that not all of it stays in the L2 cache
 # How far a form's output and gradients may be from the plain form's, relative, in the norm. A ReLU whose input is near
 # zero falls on either side in low precision, and a gradient passes or does not: one in 5,000 of them makes 0.02.
 BOUNDS = (0.02, 0.1)
 BOUNDS_FLOAT64 = (1e-9, 1e-9)
+
+PASSING = (torch.OutOfMemoryError, torch.AcceleratorError)  # failures that are not the form's
 
 Clock = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]  # seconds of a call, measured in turn
 
@@ -131,8 +133,8 @@ class Choice:
             timings = read_timings(path)
             if any(key not in timings for key in missing):
                 self.console.line(
-                    f"timing forms of {len(missing)} convolutions, once for this GPU and batch size, at most"
-                    f" {self._left:.0f} s"
+                    f"timing forms of {len(missing)} convolutions, once for this GPU and batch size, about"
+                    f" {self._left:.0f} s at most"
                 )
             for key in sorted(missing, key=lambda key: -keys[key] * by_key[key].products):
                 before = as_json(timings)
@@ -164,6 +166,8 @@ class Choice:
             )
             return
         self._kept = {key: name for key, name in state["forms"].items() if all(arm in ARMS for arm in form_of(name))}
+        if gone := sorted(set(state["forms"].values()) - set(self._kept.values())):
+            self.console.line(f"the run began with forms that there are no longer, chosen anew: {', '.join(gone)}")
 
     # -- timing ---------------------------------------------------------------------------------------------------
 
@@ -203,8 +207,13 @@ class Choice:
             return float("inf")
         if name not in row:
             began = time.perf_counter()
-            row[name] = self._measured(tried, form)
-            self._left -= time.perf_counter() - began
+            try:
+                row[name] = self._measured(tried, form)
+            except PASSING as error:  # another run may have more luck
+                self.console.line(f"{name} is not timed for {tried.case.key}: {first_line(error)}")
+                return float("inf")
+            finally:
+                self._left -= time.perf_counter() - began
             if isinstance(row[name], str):
                 self.console.line(f"{name} is not used for {tried.case.key}: {row[name]}")
         return float("inf") if isinstance(row[name], str) else row[name]["us"] / row[name]["plain_us"]
@@ -218,8 +227,10 @@ class Choice:
             if wrong:
                 return wrong
             seconds = self.clock({"plain": plain, name_of(form): other})
+        except PASSING:
+            raise
         except Exception as error:  # whatever a compiler or a library has against it
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return f"{type(error).__name__}: {first_line(error)}"
         us = {name: 1e6 * value / SETS for name, value in seconds.items()}
         return {"us": round(us[name_of(form)], 3), "plain_us": round(us["plain"], 3)}
 
@@ -231,6 +242,7 @@ class Trial:
         self.case, self.compile = case, compile
         self.calls: dict[Form, Callable[[], list[tuple[Tensor, ...]]]] = {}
         self.device = device
+        self.generator = torch.Generator(device).manual_seed(0)  # the device's own belongs to the run
         self.sets: list[tuple[Tensor, ...]] = []
 
     def call(self, form: Form) -> Callable[[], list[tuple[Tensor, ...]]]:
@@ -261,7 +273,7 @@ class Trial:
         return self.calls[form]
 
     def _drawn(self, like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, device=self.device).to(like.dtype)
+        drawn = torch.randn(like.shape, device=self.device, generator=self.generator).to(like.dtype)
         return drawn.contiguous(memory_format=torch.channels_last)
 
 
@@ -274,6 +286,10 @@ def difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str
             what = "its output" if index == 0 else "a gradient"
             return f"wrong: {what} is off by {off / norm if norm else off:.1%} of the plain form's norm"
     return ""
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def machine(device: torch.device) -> str:

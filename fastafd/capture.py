@@ -1,0 +1,36 @@
+"""Recording a call as a CUDA graph, and putting right what a recording that breaks leaves behind."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+_abandoned: list[torch.cuda.CUDAGraph] = []  # kept: the allocator may still ask them
+
+
+def capture(call: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The recording of a call on `stream`, in a memory pool of its own or the one named, and what the call returned.
+
+    Raises what the call raised; the current stream, the allocator and the default generator are then as before.
+    """
+    gc.collect()  # a graph that the collector destroyed meanwhile could break this one
+    here, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    try:
+        # Of this thread alone: a loader's thread may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = call()
+    except Exception as error:
+        _abandoned.append(graph)
+        torch.cuda.set_stream(here)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros((), device=stream.device)
+        torch.cuda.set_stream(here)
+        raise (error.__context__ or error) from None  # the first of them; the end of a broken recording is another
+    return graph, outputs
