@@ -237,7 +237,7 @@ def main() -> int:
         nargs="+",
         default=[""],
         metavar="FORM",
-        help="of the attack's convolutions: plain, fused, fused+turned",
+        help="of the attack's convolutions: plain, fused, bits+turned",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON")
