@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 
 def certificate(*flags: object) -> dict[str, Any]:
     """What `python -m fastafd.verify` writes with these flags, verified or not."""
+    torch._dynamo.reset()  # each certificate has steps of its own, and PyTorch compiles a function so often and no more
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "certificate.json"
         try:
