@@ -135,6 +135,11 @@ class Reference:
 class Fast:
     """The parts compiled; `teacher` and the attack on snapshots."""
 
+    snapshot: Snapshot | None = None
+    choice: Choice | None = None  # of the forms of the snapshot's convolutions
+    side: torch.cuda.Stream | None = None  # the teacher's, on CUDA
+    _teaching = False  # whether something runs there that has to be waited for
+
     def __init__(
         self,
         model: nn.Module,
@@ -150,8 +155,6 @@ class Fast:
         self.device, self.weights, self.amp = first.device, first.dtype, AMP[amp]
         keep_compiled(self.device)
         dtype = self.amp or first.dtype
-        self.snapshot: Snapshot | None = None
-        self.choice: Choice | None = None  # of the forms of the snapshot's convolutions
         if method.adversarial and attack is not None:
             if not isinstance(model, SplitNet):
                 raise ValueError(
@@ -186,8 +189,8 @@ class Fast:
             self._average = (
                 Compiled("the average", ema.move, console, options=COMBINED) if self.device.type == "cuda" else ema.move
             )
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._teaching = False  # whether something runs there that has to be waited for
+        if self.device.type == "cuda":
+            self.side = torch.cuda.Stream(self.device)
 
     def launching(self) -> AbstractContextManager[None]:
         return algorithms_by_trial()
