@@ -1,8 +1,8 @@
 """The operations that AFD needs and no library has, each with its eager reference; torch and triton alone.
 
 The folder `kernels/` is the package `fastafd.kernels`; importing it touches neither CUDA nor triton. Every operation is
-a `torch.library.custom_op`: Triton on CUDA, the reference on a CPU, for float64 and where Triton is missing; all work
-under `torch.compile(fullgraph=True)`, and none reads anything back from the device.
+a `torch.library.custom_op`: Triton on CUDA, the reference on a CPU, for float64, where Triton is missing and inside
+`lazy.references()`; all work under `torch.compile(fullgraph=True)`, and none reads anything back from the device.
 """
 
 from fastafd.kernels.afd_loss import AFDLoss, afd_loss
