@@ -25,8 +25,7 @@ import yaml
 from fastafd.console import end
 from fastafd.engine import enough_memory
 from fastafd.files import save_text
-from fastafd.loop import Stopped
-from fastafd.settings import RunError, UsageError, switch
+from fastafd.settings import RunError, Stopped, UsageError, switch
 
 
 def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:

@@ -20,15 +20,8 @@ from fastafd.data.loaders import Loader
 from fastafd.engine import enough_memory
 from fastafd.files import as_json, save_text
 from fastafd.optim import learning_rate
-from fastafd.settings import RunError, UsageError
+from fastafd.settings import RunError, Stopped, UsageError
 from fastafd.step import TrainStep
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop; what it had is saved. Exit code 75, so that a scheduler may requeue it.
-
-    Like KeyboardInterrupt no Exception, since nothing that recovers from errors should catch it.
-    """
 
 
 def fit(

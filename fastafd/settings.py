@@ -25,6 +25,13 @@ class RunError(Exception):
     """A run that cannot go on (NaN loss, no disk space): one line that says why. Exit code 1."""
 
 
+class Stopped(BaseException):
+    """A signal asked the run to stop; what it had is saved. Exit code 75, so that a scheduler may requeue it.
+
+    Like KeyboardInterrupt no Exception, since nothing that recovers from errors should catch it.
+    """
+
+
 def unknown(field: str, got: object, valid: Iterable[str]) -> UsageError:
     """The error for a name that is not among `valid`, with the nearest valid one."""
     names = list(valid)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import fastafd
 from fastafd import train
 from fastafd.checkpoint import load_run
-from fastafd.settings import RunError, UsageError
+from fastafd.settings import RunError, Stopped, UsageError
 from fastafd.step import TrainStep
 
 # 240 images of 8x8 pixels, 15 steps an epoch
@@ -280,10 +280,10 @@ def test_a_signal_during_the_last_save_is_not_lost(digit_tree, tmp_path, monkeyp
     save_run = loop.save_run
     monkeypatch.setattr(loop, "save_run", save_and_signal)
     out = tmp_path / "late"
-    with pytest.raises(loop.Stopped, match="after step 60"):
+    with pytest.raises(Stopped, match="after step 60"):
         train.main(arguments(digit_tree, out))
     assert not (out / "model.safetensors").exists() and saved[-1] == 60
-    assert not issubclass(loop.Stopped, Exception)  # what recovers from errors must not catch it
+    assert not issubclass(Stopped, Exception)  # what recovers from errors must not catch it
 
 
 def test_stopping_in_pre_training_leaves_a_run_to_resume(digit_tree, tmp_path, monkeypatch):
@@ -297,7 +297,7 @@ def test_stopping_in_pre_training_leaves_a_run_to_resume(digit_tree, tmp_path, m
     monkeypatch.setattr(loop, "save_run", save_and_signal)
     monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "early"
-    with pytest.raises(loop.Stopped, match="after step 15;"):
+    with pytest.raises(Stopped, match="after step 15;"):
         train.main(arguments(digit_tree, out))
     monkeypatch.setattr(loop, "save_run", save_run)
     monkeypatch.undo()
