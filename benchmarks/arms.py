@@ -40,7 +40,8 @@ from benchmarks.epoch_time import HERE, Step, random_batches, sampled, save
 from benchmarks.forms import our_step
 from benchmarks.kernels import device_name
 from fastafd.attacks.arms import ARMS, Form
-from fastafd.engine import Fast, resolve_amp, resolve_device
+from fastafd.device import resolve_amp, resolve_device
+from fastafd.engine import Fast
 from fastafd.models import build_model
 from fastafd.step import TrainStep
 

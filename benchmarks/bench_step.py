@@ -16,7 +16,7 @@ import torch
 from benchmarks.clock import wait
 from benchmarks.epoch_time import random_batches
 from benchmarks.forms import forms
-from fastafd.engine import resolve_amp, resolve_device
+from fastafd.device import resolve_amp, resolve_device
 from fastafd.graphs import WARM_UPS
 from fastafd.models import build_model
 

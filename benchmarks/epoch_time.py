@@ -47,7 +47,8 @@ from benchmarks.epoch_tables import IMAGES, about, methods_table, table
 from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, forms, method_step, our_step
 from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
-from fastafd.engine import Fast, resolve_amp, resolve_device
+from fastafd.device import resolve_amp, resolve_device
+from fastafd.engine import Fast
 from fastafd.graphs import WARM_UPS
 from fastafd.methods import Batch, FreeAT
 from fastafd.models import build_model

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import device_name
-from fastafd.engine import resolve_device
+from fastafd.device import resolve_device
 from fastafd.files import save_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ import jsonargparse
 import yaml
 
 from fastafd.console import end
-from fastafd.engine import enough_memory
+from fastafd.device import enough_memory
 from fastafd.files import save_text
 from fastafd.settings import RunError, Stopped, UsageError, switch
 

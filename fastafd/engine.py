@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,16 +23,15 @@ from torch import Tensor, nn
 
 from fastafd.attacks import KLPGD, PGD, Choice, Snapshot, machine
 from fastafd.console import Console
+from fastafd.device import AMP, algorithms_by_trial, autocast
 from fastafd.ema import EMA
 from fastafd.kernels import linf_step
 from fastafd.kernels.lazy import references
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Disentangled, SplitNet
-from fastafd.settings import RunError, UsageError, cache_dir, unknown
+from fastafd.settings import UsageError, cache_dir, unknown
 
 ENGINES = ("reference", "fast")
-OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory")
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 # Inductor's options for functions of many small passes: those that do not need each other become one launch. Passes
 # that sum are left alone; the limits are those of newer versions of PyTorch.
 COMBINED = {
@@ -279,39 +278,6 @@ class Compiled:
                 return self.function(*inputs)
 
 
-def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The arithmetic of the forward passes."""
-    return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
-
-
-@contextmanager
-def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """RunError in the place of an allocation that fails: what was asked for, what was free, and the advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(said):
-            raise
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", said, re.IGNORECASE)
-        free = re.search(r"of which ([\d.]+ \w+) is free", said)
-        figures = [f"asked for {asked[1]}" if asked else "", f"{free[1]} free" if free else ""]
-        memory = "GPU memory" if re.search("CUDA|CUBLAS|CUDNN", said) else "memory"
-        known = ", ".join(figure for figure in figures if figure)
-        raise RunError(f"out of {memory}{f': {known}' if known else ''}. {advice()}") from error
-
-
-@contextmanager
-def algorithms_by_trial() -> Iterator[None]:
-    """Let cuDNN time its algorithms for every new shape and keep the fastest; batches have few shapes."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def resolve_engine(engine: str, device: torch.device) -> str:
     """ "fast" or "reference"; "auto" is fast on CUDA, reference on a CPU, where compiling takes about a minute."""
     if engine == "auto":
@@ -328,32 +294,6 @@ def engine_of(method: Method, engine: str, device: torch.device, console: Consol
         console.line(f"{method.label} runs uncompiled, on the reference engine: {method.only_reference}")
         return "reference"
     return resolved
-
-
-def resolve_amp(amp: str, device: torch.device) -> str:
-    """ "bf16", "fp16" or "fp32"; "auto" is bf16 where a GPU computes it."""
-    if amp == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if amp not in AMP:
-        raise UsageError(f"amp: got {amp!r}, takes auto, bf16, fp16 or fp32")
-    return amp
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name ("auto": a GPU if there is one). UsageError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: got {name!r}, takes auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise UsageError(f"device: got {name!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # events and kernel launches go to the current device
-    return device
 
 
 def keep_compiled(device: torch.device) -> Path:

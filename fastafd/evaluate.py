@@ -12,11 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +25,8 @@ from fastafd import cli
 from fastafd.attacks import PGD, check_classes, run_autoattack
 from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Bar, Console
-from fastafd.data import Split, load_dataset, to_unit
-from fastafd.engine import enough_memory, resolve_device
+from fastafd.data import Split, balanced_draw, load_dataset, to_unit
+from fastafd.device import enough_memory, provenance, resolve_device, true_fp32
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
@@ -178,15 +174,6 @@ def evaluate(
     return result
 
 
-@contextmanager
-def true_fp32() -> Iterator[None]:
-    """Convolutions in fp32 rather than TF32, which PyTorch allows them by default."""
-    cudnn = torch.backends.cudnn
-    as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with cudnn.flags(**as_is, allow_tf32=False):
-        yield
-
-
 def accuracy_under(
     model: nn.Module,
     x: Tensor,
@@ -256,38 +243,12 @@ def autoattack(
 # -- counting -----------------------------------------------------------------------------------------------------
 
 
-def balanced_draw(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
-    """Indices of `n` images (None or more than there are: all), classes as equal as they can be, sorted.
-
-    A smaller draw of the same seed lies within a larger one. Image trees are sorted by class, so the first n images
-    would be one class.
-    """
-    if n is None or n >= len(labels):
-        return np.arange(len(labels))
-    generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # of an image within its class, in shuffled order
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        rank[members] = np.arange(len(members))
-    by_rank = shuffled[np.argsort(rank[shuffled], kind="stable")]
-    return np.sort(by_rank[:n])
-
-
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a proportion (95 % for the default z). Source: Wilson 1927."""
     share, spread = correct / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and when a figure was made: versions, device, UTC date."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    versions = {package: version(package) for package in ("fastafd", "torchvision", "pyautoattack", "numpy")}
-    versions["torch"] = torch.__version__  # with its build, such as +cu130
-    return {"device": name, "versions": versions, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def show(results: dict[str, dict[str, Any]], console: Console, title: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastafd.attacks import Ball, input_gradient, linf_noise
 from fastafd.data import Loader
 from fastafd.data.loaders import Batches, epoch_order
-from fastafd.engine import autocast
+from fastafd.device import autocast
 from fastafd.methods import ATAS, Batch, FreeAT, GradAlign, Loss
 from fastafd.methods.atas import window
 from fastafd.methods.grad_align import misalignment

@@ -15,7 +15,7 @@ from fastafd.attacks import PGD
 from fastafd.config import TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, Split
-from fastafd.evaluate import true_fp32
+from fastafd.device import true_fp32
 from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
 from fastafd.files import as_json, save_text
 from fastafd.loop import fit

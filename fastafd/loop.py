@@ -17,7 +17,7 @@ from fastafd.checkpoint import load_run, save_run
 from fastafd.config import SGD
 from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
-from fastafd.engine import enough_memory
+from fastafd.device import enough_memory
 from fastafd.files import as_json, save_text
 from fastafd.optim import learning_rate
 from fastafd.settings import RunError, Stopped, UsageError

@@ -21,7 +21,8 @@ from fastafd.checkpoint import fit_weights, header_of, load_model_about, load_we
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.engine import resolve_amp, resolve_device, resolve_engine
+from fastafd.device import resolve_amp, resolve_device
+from fastafd.engine import resolve_engine
 from fastafd.loop import fit
 from fastafd.methods import Natural
 from fastafd.models import build_model

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastafd.data import Split, to_unit
-from fastafd.evaluate import PGD20, balanced_draw, true_fp32
+from fastafd.data import Split, balanced_draw, to_unit
+from fastafd.device import true_fp32
+from fastafd.evaluate import PGD20
 from fastafd.files import write_atomic
 from fastafd.models import SplitNet
 

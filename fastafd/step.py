@@ -20,15 +20,9 @@ from torch import Tensor, nn
 from fastafd.attacks import PGD
 from fastafd.console import Console
 from fastafd.data.augment import Augment, to_unit
+from fastafd.device import resolve_amp
 from fastafd.ema import EMA
-from fastafd.engine import (
-    Engine,
-    Fast,
-    Reference,
-    engine_of,
-    keep_compiled,
-    resolve_amp,
-)
+from fastafd.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method

@@ -52,8 +52,8 @@ from fastafd.certificate import (
 from fastafd.config import TrainConfig
 from fastafd.console import Bar, Console
 from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.engine import Fast, resolve_amp, resolve_device
-from fastafd.evaluate import provenance
+from fastafd.device import provenance, resolve_amp, resolve_device
+from fastafd.engine import Fast
 from fastafd.files import as_json, save_text
 from fastafd.fine_tuning import step_of
 from fastafd.graphs import WARM_UPS

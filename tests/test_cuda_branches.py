@@ -15,7 +15,7 @@ from fastafd.attacks import autoattack
 from fastafd.console import Console
 from fastafd.data import Augment
 from fastafd.data.loaders import FfcvLoader, TorchLoader
-from fastafd.evaluate import provenance, true_fp32
+from fastafd.device import provenance, resolve_amp, resolve_device, true_fp32
 from fastafd.graphs import WARM_UPS, Graphs
 from fastafd.timing import PhaseTimer
 
@@ -261,7 +261,7 @@ def test_arithmetic_and_engine_of_a_gpu(supported, device, amp, expected, monkey
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation) or supported
     )
-    assert engine.resolve_amp(amp, torch.device(device)) == expected
+    assert resolve_amp(amp, torch.device(device)) == expected
     assert not any(asked)
     assert engine.resolve_engine("auto", torch.device(device)) == ("fast" if device == "cuda" else "reference")
 
@@ -272,8 +272,8 @@ def test_a_named_gpu_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert engine.resolve_device("auto") == engine.resolve_device("cuda") == torch.device("cuda") and not chosen
-    assert engine.resolve_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda") and not chosen
+    assert resolve_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
 
 
 def test_what_is_compiled_is_kept_by_gpu_and_named_in_results(monkeypatch, tmp_path):

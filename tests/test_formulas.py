@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastafd.config import PretrainConfig
+from fastafd.data import balanced_draw
 from fastafd.ema import EMA, ema_decay
-from fastafd.evaluate import balanced_draw, wilson
+from fastafd.evaluate import wilson
 from fastafd.optim import learning_rate
 from fastafd.recipes import RECIPES, find_recipe
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     ["settings", "kernels", "console", "capture", "paper", "charts"],
-    ["files", "kernel_checks", "timing"],
+    ["files", "device", "kernel_checks", "timing"],
     ["runs"],
     ["figures"],
     ["page"],

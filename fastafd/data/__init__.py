@@ -4,7 +4,7 @@ from fastafd.data.augment import Augment, to_unit
 from fastafd.data.beton import ensure_beton
 from fastafd.data.loaders import LOADERS, Loader, epoch_order, make_loader
 from fastafd.data.sources import DATASETS, Dataset, load_dataset
-from fastafd.data.splits import ArraySplit, FolderSplit, Split
+from fastafd.data.splits import ArraySplit, FolderSplit, Split, balanced_draw
 
 __all__ = [
     "DATASETS",
@@ -15,6 +15,7 @@ __all__ = [
     "FolderSplit",
     "Loader",
     "Split",
+    "balanced_draw",
     "ensure_beton",
     "epoch_order",
     "load_dataset",

@@ -164,3 +164,21 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def balanced_draw(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
+    """Indices of `n` images (None or more than there are: all), classes as equal as they can be, sorted.
+
+    A smaller draw of the same seed lies within a larger one. Image trees are sorted by class, so the first n images
+    would be one class.
+    """
+    if n is None or n >= len(labels):
+        return np.arange(len(labels))
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)  # of an image within its class, in shuffled order
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    by_rank = shuffled[np.argsort(rank[shuffled], kind="stable")]
+    return np.sort(by_rank[:n])
