@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastafd.paper import TABLE5
+from fastafd.reporting.paper import TABLE5
 
 IMAGES = 50_000  # of an epoch
 PAPER = {"afd": TABLE5["AFD"][1], "natural": TABLE5["Standard"][1]}  # s an epoch

@@ -32,7 +32,7 @@ from benchmarks import gpu_suite, table
 from benchmarks.parts import ROOT, NotNow, Part, arguments, earlier, python, run
 from fastafd.checkpoint import load_model_about
 from fastafd.files import as_json, save_text
-from fastafd.runs import Run
+from fastafd.reporting.runs import Run
 
 TRAINED: dict[str, list[Any]] = {  # run folder: flags of fastafd.train
     "afd-released": ["--recipe", "released"],

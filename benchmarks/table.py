@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastafd.paper import ACCURACY, PRETRAINED
+from fastafd.reporting.paper import ACCURACY, PRETRAINED
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = [  # file, model in it, what the row says it is

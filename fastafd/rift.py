@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastafd.attacks import PGD
 from fastafd.console import Bar, Console
 from fastafd.data import ArraySplit, Split, balanced_draw, to_unit
-from fastafd.evaluate import accuracy_under
+from fastafd.evaluation import accuracy_under
 from fastafd.settings import UsageError
 
 MIXTURES = tuple(round(0.1 * i, 1) for i in range(11))  # shares of the fine-tuned weights

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastafd.data import Split, balanced_draw, to_unit
 from fastafd.device import true_fp32
-from fastafd.evaluate import PGD20
+from fastafd.evaluation import PGD20
 from fastafd.files import write_atomic
 from fastafd.models import SplitNet
 

@@ -31,7 +31,7 @@ from fastafd.console import Console
 from fastafd.data import Dataset, Split, load_dataset
 from fastafd.device import provenance, resolve_amp, resolve_device
 from fastafd.engine import engine_of
-from fastafd.evaluate import ATTACKS, evaluate, show
+from fastafd.evaluation import ATTACKS, evaluate, show
 from fastafd.files import as_json, save_text
 from fastafd.fine_tuning import rift_by, train_by
 from fastafd.methods import RiFT

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR10 = ROOT.parent / "shared" / "data"
+
+
+def verb(name: str) -> dict[str, Any]:
+    """What `fastafd/NAME.py` defines. `import fastafd.evaluate` would replace the function `fastafd.evaluate`."""
+    return runpy.run_module(f"fastafd.{name}", alter_sys=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,7 +91,7 @@ def test_totals_begin_with_what_a_method_begins_with():
     """Seconds a step that make the epochs those of the paper give its totals, but for what it rounded."""
     from benchmarks import epoch_tables, epoch_time
     from benchmarks.forms import METHODS
-    from fastafd.paper import TABLE5
+    from fastafd.reporting.paper import TABLE5
 
     assert {label: config.sgd.epochs for label, config in METHODS.items()} == {
         label: epochs for label, (epochs, _, _) in TABLE5.items()
@@ -112,7 +112,7 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
     """The fast engine's parts run uncompiled: compiling seven steps takes minutes on a CPU."""
     from benchmarks import epoch_tables, epoch_time
     from benchmarks.forms import METHODS
-    from fastafd.paper import TABLE5
+    from fastafd.reporting.paper import TABLE5
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     words = ["--tiny", "--tasks", "--methods", "--device", "cpu", "--out", str(tmp_path / "found.json")]

@@ -7,20 +7,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import verb
 from torch import nn
 
 import fastafd
-from fastafd import evaluate as module
-from fastafd.attacks import KLPGD, PGD, run_autoattack
+from fastafd.attacks import KLPGD, PGD
 from fastafd.checkpoint import fit_weights, load_weights, save_model
 from fastafd.console import Console
 from fastafd.data import ArraySplit, load_dataset, to_unit
-from fastafd.evaluate import ATTACKS, PGD20, evaluate
+from fastafd.evaluation import ATTACKS, PGD20, evaluate, measurements, run_autoattack
 from fastafd.kernels import linf_step
 from fastafd.models import build_model, split
 from fastafd.pretrain import example_weights
 from fastafd.rift import choose_mixture
 from fastafd.samples import save_samples
+
+main = verb("evaluate")["main"]
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +118,12 @@ def test_an_attack_that_raises_no_loss_is_named(model, wrong, classifier, digits
 
 
 def test_autoattack_that_breaks_nothing_is_named(classifier, digits, capsys, monkeypatch):
-    from fastafd.attacks import AutoAttackFound
+    from fastafd.evaluation import AutoAttackResult
 
     def breaks_nothing(model, x, y, *_):
-        return AutoAttackFound(x.clone(), model(x).argmax(1), {}, [])
+        return AutoAttackResult(x.clone(), model(x).argmax(1), {}, [])
 
-    monkeypatch.setattr(module, "run_autoattack", breaks_nothing)
+    monkeypatch.setattr(measurements, "run_autoattack", breaks_nothing)
     result = evaluate(classifier, digits.test, ("autoattack",), n=8, autoattack_n=8, console=Console())
     assert "AutoAttack has changed no image" in result["autoattack"]["warnings"][0]
     assert "AutoAttack has changed no image" in capsys.readouterr().err
@@ -149,7 +151,7 @@ def test_whole_split_needs_no_indices(classifier, digits):
 @pytest.mark.slow
 def test_autoattack_is_the_worst_case_and_leaves_the_generators_alone(classifier, digits, capsys):
     before = torch.get_rng_state()
-    result = evaluate(classifier, digits.test, module.ATTACKS, n=12, autoattack_n=10, console=Console())
+    result = evaluate(classifier, digits.test, ATTACKS, n=12, autoattack_n=10, console=Console())
     assert torch.equal(before, torch.get_rng_state())
     found = result["autoattack"]
     assert found["version"] == "standard" and found["accuracy"] <= result["pgd20"]["accuracy"]
@@ -177,9 +179,9 @@ def test_command_on_a_run_like_file(tmp_path, capsys):
     about = {"arch": "resnet8", "num_classes": 10, "normalize": "none", "image_size": 32}
     save_model(tmp_path / "model.safetensors", net, about)
     argv = [str(tmp_path / "model.safetensors"), "--dataset", "digits", "--attack", "clean", "--n", "30"]
-    module.main(argv)
+    main(argv)
     assert "clean" in capsys.readouterr().out
-    module.main([*argv, "--json"])
+    main([*argv, "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["clean"]["n"] == 30 and len(result["clean"]["indices"]) == 30
     assert {"device", "versions", "date", "seed", "eps", "dataset"} <= set(result)
@@ -248,8 +250,8 @@ def test_the_shipped_resnet18_on_real_images(cifar10_tree, capsys):
     """pyautoattack's example is a natural CIFAR-10 ResNet-18: right on clean images, helpless under PGD-20."""
     argv = ["--arch", "resnet18", "--weights", str(example_weights()), "--dataset", "cifar10", "--json"]
     argv += ["--data-dir", str(cifar10_tree)]
-    module.main([*argv, "--attack", "clean", "--n", "200"])
+    main([*argv, "--attack", "clean", "--n", "200"])
     clean = json.loads(capsys.readouterr().out)["clean"]
     assert clean["accuracy"] > 0.88  # 93.9 % of 1,000: benchmarks/results/small-resnet18-natural.json
-    module.main([*argv, "--attack", "pgd20", "--n", "20"])
+    main([*argv, "--attack", "pgd20", "--n", "20"])
     assert json.loads(capsys.readouterr().out)["pgd20"]["correct"] == 0

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_score
 
-from fastafd import figures
-from fastafd.runs import read_runs
+from fastafd.reporting import figures
+from fastafd.reporting.runs import read_runs
 from fastafd.settings import UsageError
 
 
@@ -206,5 +206,5 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_importing_costs_nothing():
-    code = "import fastafd.page, sys; print(sorted({'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)))"
+    code = "import fastafd.reporting.page, sys; print(sorted({'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

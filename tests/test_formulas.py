@@ -14,7 +14,7 @@ from torch import nn
 from fastafd.config import PretrainConfig
 from fastafd.data import balanced_draw
 from fastafd.ema import EMA, ema_decay
-from fastafd.evaluate import wilson
+from fastafd.evaluation import wilson
 from fastafd.optim import learning_rate
 from fastafd.recipes import RECIPES, find_recipe
 

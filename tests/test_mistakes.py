@@ -8,13 +8,16 @@ import sys
 
 import pytest
 import torch
+from conftest import verb
 from safetensors.torch import save_file
 from torch import nn
 
 import fastafd
-from fastafd import cli, evaluate, pretrain, train
+from fastafd import cli, pretrain, train
 from fastafd.models import build_model
 from fastafd.settings import UsageError
+
+evaluate_main = verb("evaluate")["main"]
 
 
 def line_of(main, argv, capsys, code: int = 2) -> str:
@@ -169,7 +172,7 @@ def test_wrong_weights(weights, file, words, capsys):
         ["--arch", "resnet8", "--dataset", "digits", "--weights", weights / file],
         ["--recipe", "digits", "--arch", "resnet8", "--pretrained", weights / file],
     ):
-        line = line_of(evaluate.main if "--weights" in argv else train.main, argv, capsys)
+        line = line_of(evaluate_main if "--weights" in argv else train.main, argv, capsys)
         assert all(word in line for word in words), line
 
 
@@ -192,7 +195,7 @@ def test_evaluate_says_what_it_needs(weights, capsys):
         (["--dataset", "digits", "--n", "0"], ["n:", ">= 1"]),
     ]
     for argv, words in cases:
-        line = line_of(evaluate.main, argv, capsys)
+        line = line_of(evaluate_main, argv, capsys)
         assert all(word in line for word in words), line
 
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from test_figures import make_run
 
-from fastafd import figures
-from fastafd.page import markdown_html, seconds_by_part, write_page
+from fastafd.reporting import figures
+from fastafd.reporting.page import markdown_html, seconds_by_part, write_page
 
 VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # those of the page that have no end tag
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, verb
 
 README, NOTES, METHODS = ((ROOT / page).read_text() for page in ("README.md", "benchmarks/NOTES.md", "docs/methods.md"))
 
@@ -41,8 +41,8 @@ def test_tables_of_speed_are_the_committed_measurements(page, name):
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- end of (methods-.*) -->", METHODS))
 def test_tables_of_methods_are_the_committed_runs(name):
-    from fastafd.report import results
-    from fastafd.runs import read_runs
+    from fastafd.reporting.runs import read_runs
+    from fastafd.reporting.tables import results
 
     rows = results(read_runs([ROOT / "benchmarks" / "results" / name]))
     command = f"python -m fastafd.report results benchmarks/results/{name}"
@@ -66,10 +66,9 @@ def test_flags_in_the_readme_exist():
     from benchmarks.parts import arguments
     from fastafd import train
     from fastafd.cli import entries
-    from fastafd.evaluate import EvaluateConfig
 
     known = {"--" + name.replace("_", "-") for name, *_ in entries(train.parse([]))}
-    known |= {"--" + name.replace("_", "-") for name, *_ in entries(EvaluateConfig())} | {
+    known |= {"--" + name.replace("_", "-") for name, *_ in entries(verb("evaluate")["EvaluateConfig"]())} | {
         "--resume",
         "--config",
         "--help",

@@ -11,11 +11,9 @@ from conftest import ROOT
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    ["settings", "kernels", "console", "capture", "paper", "charts"],
+    ["settings", "kernels", "console", "capture"],
     ["files", "device", "kernel_checks", "timing"],
-    ["runs"],
-    ["figures"],
-    ["page"],
+    ["reporting"],
     ["models", "attacks", "data"],
     ["methods", "ema", "optim", "checkpoint"],
     ["graphs"],
@@ -26,6 +24,7 @@ LAYERS = [
     ["loop"],
     ["cli"],
     ["report"],
+    ["evaluation"],
     ["evaluate"],
     ["pretrain", "rift", "samples"],
     ["fine_tuning"],
@@ -93,8 +92,17 @@ def test_importing_is_light(statement):
 def test_public_names():
     import fastafd
 
-    assert {"AFDStep", "PGD", "disentangle", "load_model"} <= set(fastafd.__all__)
+    assert {"AFDStep", "PGD", "disentangle", "evaluate", "load_model"} <= set(fastafd.__all__)
     assert all(getattr(fastafd, name).__doc__ for name in fastafd.__all__)
+
+
+def test_the_verb_evaluate_stands_beside_the_function():
+    """`python -m` warns of a module that the package has imported already; no module imports the verb."""
+    done = subprocess.run([sys.executable, "-m", "fastafd.evaluate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "--attack" in done.stdout
+    code = "import fastafd, fastafd.train, fastafd.verify, fastafd.report; print(fastafd.evaluate.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fastafd.evaluation.measurements"
 
 
 @pytest.mark.parametrize("words, code", [([], 2), (["--help"], 0), (["trian"], 2)])

@@ -1,6 +1,5 @@
-"""Attacks: the l-infinity threat model, projected gradient descent in it, and AutoAttack."""
+"""Attacks: the l-infinity threat model, PGD, and the snapshot of a model on which PGD is fast."""
 
-from fastafd.attacks.autoattack import AutoAttackFound, check_classes, run_autoattack
 from fastafd.attacks.choice import Choice, machine
 from fastafd.attacks.kl import KLPGD
 from fastafd.attacks.pgd import PGD, input_gradient
@@ -10,13 +9,10 @@ from fastafd.attacks.threat import Ball, linf_noise
 __all__ = [
     "KLPGD",
     "PGD",
-    "AutoAttackFound",
     "Ball",
     "Choice",
     "Snapshot",
-    "check_classes",
     "input_gradient",
     "linf_noise",
     "machine",
-    "run_autoattack",
 ]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastafd.files import save_text, write_atomic
-from fastafd.runs import Run
+from fastafd.reporting.runs import Run
 from fastafd.settings import UsageError
 
 CAPTIONS = {  # figure -> title, what it shows

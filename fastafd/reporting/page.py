@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastafd.charts import line_chart
-from fastafd.figures import CAPTIONS
 from fastafd.files import save_text
-from fastafd.runs import Run
+from fastafd.reporting.charts import line_chart
+from fastafd.reporting.figures import CAPTIONS
+from fastafd.reporting.runs import Run
 from fastafd.settings import pixels
 
 ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
@@ -44,7 +44,7 @@ IN_PIXELS = ("eps", "step_size", "step_low", "step_high")  # settings that are w
 def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: Sequence[Path], path: Path) -> None:
     """Write the report of `runs` to `path`.
 
-    tables: (title, Markdown); figures: PNGs by `fastafd.figures`, whose SVG is taken where it lies beside them.
+    tables: (title, Markdown); figures: PNGs; an SVG of the same name beside one is shown in its place.
     """
     title = f"{runs[0].label} on {runs[0].dataset}" if len(runs) == 1 else f"{len(runs)} runs"
     own = "".join(_table_section(*table) for table in tables)
@@ -61,7 +61,7 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
         for name, heading, inner in sections
     )
     dates = sorted({run.result["date"][:10] for run in runs})
-    style = files("fastafd").joinpath("page.css").read_text()
+    style = files("fastafd.reporting").joinpath("page.css").read_text()
     made = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     save_text(
         path,

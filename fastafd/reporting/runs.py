@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastafd.paper import TABLE5
+from fastafd.reporting.paper import TABLE5
 from fastafd.settings import UsageError
 
 

@@ -16,7 +16,7 @@ from fastafd.settings import UsageError
 REPORT_EVERY_S = 15.0  # seconds between two lines within one of its attacks
 
 
-class AutoAttackFound(NamedTuple):
+class AutoAttackResult(NamedTuple):
     """`x_adv` (N,3,H,W) and `predicted` (N,), on the CPU; the accuracy after each attack; the library's warnings."""
 
     x_adv: Tensor
@@ -27,7 +27,7 @@ class AutoAttackFound(NamedTuple):
 
 def run_autoattack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, report: Callable[[str], None]
-) -> AutoAttackFound:
+) -> AutoAttackResult:
     """The strongest point that APGD-CE, targeted APGD, targeted FAB and Square find for each image, in that order.
 
     x: float32 (N,3,H,W) in [0,1]; y: (N,) int64; both on the CPU. Global generators are left as they were.
@@ -44,7 +44,7 @@ def run_autoattack(
         if classes < 10:  # nine targets are the nine wrong classes of ten
             adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
         x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
-    return AutoAttackFound(x_adv.cpu(), predicted.cpu(), log.accuracy_after, log.warnings)
+    return AutoAttackResult(x_adv.cpu(), predicted.cpu(), log.accuracy_after, log.warnings)
 
 
 def check_classes(model: nn.Module, x: Tensor) -> int:

@@ -1,0 +1,148 @@
+"""The accuracy of a classifier: on clean images, under the paper's PGD-20 and under AutoAttack standard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastafd.attacks import PGD
+from fastafd.console import Bar, Console
+from fastafd.data import Split, balanced_draw, to_unit
+from fastafd.device import enough_memory, true_fp32
+from fastafd.evaluation.autoattack import check_classes, run_autoattack
+from fastafd.evaluation.counting import wilson
+from fastafd.settings import unknown
+
+EPS = 8 / 255
+PGD20 = PGD(eps=EPS, step_size=0.003, steps=20, random_start=True)  # the paper's evaluation attack
+ATTACKS = ("clean", "pgd20", "autoattack")
+
+
+def evaluate(
+    model: nn.Module,
+    test: Split,
+    attacks: Sequence[str] = ATTACKS[:2],
+    *,
+    n: int | None = None,
+    autoattack_n: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    console: Console | None = None,
+    label: str = "evaluate",
+) -> dict[str, Any]:
+    """The accuracy of a classifier under each of `attacks`: "clean", "pgd20", "autoattack".
+
+    model: takes pixels in [0,1], (B,3,H,W), and returns logits (B,C); it is put into eval mode.
+    test: such as `fastafd.data.load_dataset("cifar10", folder).test`, or an `ArraySplit` of uint8 images and labels.
+    n, autoattack_n: how many images, a class-balanced draw of `seed` (None: all); the smaller draw is part of the
+    larger one.
+    Returns for each attack n, correct, accuracy, the Wilson 95 % interval, seconds, and the indices of a draw.
+    Global generators are left as they were. Convolutions are computed in true fp32: TF32, which PyTorch allows them by
+    default, is off meanwhile. Raises UsageError for an unknown attack, and for AutoAttack of fewer than 4 classes.
+    """
+    for attack in attacks:
+        if attack not in ATTACKS:
+            raise unknown("attacks", attack, ATTACKS)
+    console = console or Console()
+    model.eval()
+    result: dict[str, Any] = {"eps": "8/255", "seed": seed}
+    drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
+    if "autoattack" in attacks:
+        check_classes(model, to_unit(torch.from_numpy(test.images(np.arange(1)))))
+    with true_fp32(), enough_memory(lambda: f"Take a smaller --batch-size of fastafd.evaluate than {batch_size}"):
+        for attack in attacks:
+            wanted = autoattack_n if attack == "autoattack" else n
+            if wanted not in drawn:
+                indices = balanced_draw(test.labels, wanted, seed)
+                images, labels = torch.from_numpy(test.images(indices)), torch.from_numpy(test.labels[indices])
+                drawn[wanted] = indices, images, labels
+            indices, images, labels = drawn[wanted]
+            began = time.perf_counter()
+            details: dict[str, Any] = {}
+            if attack == "autoattack":
+                name = f"{label} AutoAttack"
+                correct, details = autoattack(model, to_unit(images), labels, batch_size, seed, console, name)
+            else:
+                pgd = PGD20 if attack == "pgd20" else None
+                name = f"{label} {attack}"
+                warnings: list[str] = []
+                correct = accuracy_under(model, images, labels, pgd, batch_size, seed, console, name, warnings)
+                details = {"warnings": warnings} if warnings else {}
+            count, seconds = int(correct.sum()), time.perf_counter() - began
+            result[attack] = {"n": len(labels), "correct": count, "accuracy": count / len(labels)}
+            result[attack] |= {"interval": wilson(count, len(labels)), "seconds": seconds, **details}
+            if len(indices) < len(test):
+                result[attack]["indices"] = indices.tolist()
+    return result
+
+
+def accuracy_under(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD | None,
+    batch_size: int,
+    seed: int,
+    console: Console,
+    label: str,
+    warnings: list[str] | None = None,
+) -> Tensor:
+    """Which of the images, uint8 (N,H,W,3) or float32 (N,3,H,W), stay correct: (N,) bool.
+
+    The attack's starts come from a generator of their own. An attack under which the mean cross-entropy does not rise
+    proves nothing: the console says so, and `warnings` gets the sentence.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    correct = torch.zeros(len(y), dtype=torch.bool)
+    losses = torch.zeros(2, dtype=torch.float64, device=device)  # summed, before and under the attack
+    with Bar(console, label, len(y)) as bar:
+        for first in range(0, len(y), batch_size):
+            part = slice(first, first + batch_size)
+            images = x[part].to(device)
+            images = to_unit(images) if images.dtype == torch.uint8 else images
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = y[part].to(device)
+            if attack is not None:
+                clean, images = images, attack(model, images, labels, generator)
+                with torch.no_grad():
+                    losses[0] += F.cross_entropy(model(clean), labels, reduction="sum")
+            with torch.no_grad():
+                logits = model(images)
+                losses[1] += F.cross_entropy(logits, labels, reduction="sum")
+                correct[part] = (logits.argmax(1) == labels).cpu()
+            bar.advance(len(labels))
+    before, under = (losses / len(y)).tolist()
+    if attack is not None and attack.steps and not under > before:
+        warning = f"the attack has not raised the mean loss ({before:.4g} before it, {under:.4g} under it)"
+        console.line(f"{label}: {warning}; this accuracy says nothing about robustness")
+        if warnings is not None:
+            warnings.append(warning)
+    return correct
+
+
+def autoattack(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int, console: Console, label: str
+) -> tuple[Tensor, dict[str, Any]]:
+    """Which images survive AutoAttack standard, (N,) bool, and the accuracy after each of its attacks.
+
+    Every image that the library returns is checked here, against the ball and by the model, so the count is ours
+    and not a line of its log.
+    """
+    found = run_autoattack(model, x, y, EPS, batch_size, seed, lambda line: console.line(f"{label}: {line}"))
+    outside = (found.x_adv - x).abs().max() > EPS + 1e-6 or found.x_adv.min() < 0 or found.x_adv.max() > 1
+    if outside or not found.x_adv.isfinite().all():
+        raise RuntimeError("AutoAttack returned an image outside the ball or outside [0,1]")
+    correct = accuracy_under(model, found.x_adv, y, None, batch_size, seed, console, f"{label} check")
+    survivors = correct & (found.predicted == y)
+    warnings = list(found.warnings)
+    if torch.equal(found.x_adv, x):  # it keeps what it did not break, so that the mean loss is what it was
+        warnings.append("AutoAttack has changed no image, so it has not raised the mean loss")
+        console.line(f"{label}: {warnings[-1]}; look at the model before this accuracy")
+    return survivors, {"version": "standard", "accuracy_after": found.accuracy_after, "warnings": warnings}
