@@ -41,9 +41,9 @@ from benchmarks.forms import our_step
 from benchmarks.kernels import device_name
 from fastafd.attacks.arms import ARMS, Form
 from fastafd.device import resolve_amp, resolve_device
-from fastafd.engine import Fast
 from fastafd.models import build_model
-from fastafd.step import TrainStep
+from fastafd.training.engine import Fast
+from fastafd.training.step import TrainStep
 
 FORMS: dict[str, Form | None] = {"plain": (), "chosen": None} | {name: (name,) for name in ARMS}
 # The environment of a process of its own, and the form that is timed there

@@ -17,8 +17,8 @@ from benchmarks.clock import wait
 from benchmarks.epoch_time import random_batches
 from benchmarks.forms import forms
 from fastafd.device import resolve_amp, resolve_device
-from fastafd.graphs import WARM_UPS
 from fastafd.models import build_model
+from fastafd.training.graphs import WARM_UPS
 
 DEVICE = resolve_device("auto")
 ARCH, BATCH, ROUNDS = ("resnet18", 128, 20) if DEVICE.type == "cuda" else ("resnet8_half", 16, 5)

@@ -48,13 +48,13 @@ from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, forms, metho
 from benchmarks.kernels import device_name
 from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.device import resolve_amp, resolve_device
-from fastafd.engine import Fast
-from fastafd.graphs import WARM_UPS
 from fastafd.methods import Batch, FreeAT
 from fastafd.models import build_model
 from fastafd.recipes import AFD_ATTACK
 from fastafd.settings import cache_dir
-from fastafd.step import TrainStep
+from fastafd.training.engine import Fast
+from fastafd.training.graphs import WARM_UPS
+from fastafd.training.step import TrainStep
 
 HERE = Path(__file__).parent
 

@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastafd.engine import Fast
 from fastafd.kernels import lazy
 from fastafd.kernels.lazy import OPERATIONS, Operation
 from fastafd.methods import Batch, Loss
+from fastafd.training.engine import Fast
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastafd.attacks.snapshot
 import fastafd.data.augment
-import fastafd.engine
 import fastafd.methods.afd
+import fastafd.training.engine
 from benchmarks import plain
-from fastafd.afd_step import AFDStep
 from fastafd.attacks import input_gradient
 from fastafd.config import TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, Loader
-from fastafd.fine_tuning import step_of
 from fastafd.kernels.afd_loss import AFDLoss
 from fastafd.kernels.attack_head import attack_head_reference
 from fastafd.methods import ATAS, Natural
 from fastafd.models import build_model, disentangle
-from fastafd.optim import make_sgd
 from fastafd.recipes import AFD_ATTACK, afkd, arrest, atas, fgsm_ga, free_at, pgd_at, released, rift, trades, vaft
-from fastafd.step import TrainStep
+from fastafd.training.afd_step import AFDStep
+from fastafd.training.build import step_of
+from fastafd.training.optim import make_sgd
+from fastafd.training.step import TrainStep
 
 Step = Callable[[Tensor, Tensor], Any]
 # The methods of the paper's Table 5, by its names and in its order
@@ -101,7 +101,7 @@ def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size:
 # is compiled by itself; what stands inside is compiled with what is around it.
 INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
     "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
-    "linf_step": (fastafd.engine, torch.compile(step_in_place, dynamic=False)),
+    "linf_step": (fastafd.training.engine, torch.compile(step_in_place, dynamic=False)),
     "attack_head": (fastafd.attacks.snapshot, attack_head_reference),
     "afd_loss": (fastafd.methods.afd, plain_afd_loss),
 }

@@ -50,7 +50,7 @@ def step_on_nothing(
     from torch import Tensor
 
     from benchmarks.forms import method_step
-    from fastafd.engine import Fast
+    from fastafd.training.engine import Fast
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastafd.ema import EMA
 from fastafd.models import Disentangled
+from fastafd.training.ema import EMA
 
 EPS, STEP_SIZE = 8 / 255, 0.007
 

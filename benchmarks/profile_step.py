@@ -23,8 +23,8 @@ from benchmarks.epoch_time import random_batches
 from benchmarks.forms import our_step
 from benchmarks.kernels import device_name
 from fastafd.device import resolve_amp, resolve_device
-from fastafd.graphs import WARM_UPS
 from fastafd.models import build_model
+from fastafd.training.graphs import WARM_UPS
 
 HERE = Path(__file__).parent
 STEPS, SHOWN = 3, 25  # profiled steps, lines of the table

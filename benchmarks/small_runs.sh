@@ -22,7 +22,7 @@ $run $shipped --out runs/resnet18-afd
 $run $shipped $off --out runs/resnet18-off
 
 # That ResNet-18 as it is, on 1,000 images.
-example=$(.venv/bin/python -c 'from fastafd.pretrain import example_weights; print(example_weights())')
+example=$(.venv/bin/python -c 'from fastafd.training.natural import example_weights; print(example_weights())')
 .venv/bin/python -m fastafd.evaluate --weights "$example" --arch resnet18 --dataset cifar10 --data-dir "$trees/1000" \
     --attack pgd20 --n 1000 --json >runs/resnet18-natural.json
 

@@ -1,8 +1,10 @@
-"""Recording a call as a CUDA graph, and putting right what a recording that breaks leaves behind."""
+"""Recording a call as a CUDA graph, timing recordings, and cleaning up after a recording that failed."""
 
 from __future__ import annotations
 
 import gc
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -34,3 +36,30 @@ def capture(call: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
         torch.cuda.set_stream(here)
         raise (error.__context__ or error) from None  # the first of them; the end of a broken recording is another
     return graph, outputs
+
+
+def interleaved_seconds(
+    calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 20, warm: int = 3
+) -> dict[str, float]:
+    """Median seconds of each call on a GPU: recorded as graphs, replayed in turn, round after round."""
+    stream = torch.cuda.Stream(device)
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    torch.cuda.synchronize(device)
+    for name, call in calls.items():
+        with torch.cuda.stream(stream):
+            for _ in range(warm):
+                call()
+        torch.cuda.synchronize(device)
+        graphs[name], _ = capture(call, stream)
+    for graph in [*graphs.values()] * warm:
+        graph.replay()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize(device)
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1000 for name, pairs in events.items()}

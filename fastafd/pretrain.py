@@ -5,30 +5,13 @@ The weights lie in the cache under a key of everything that shapes them, so `fas
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.util
-import json
 import sys
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from fastafd import cli
-from fastafd.checkpoint import fit_weights, header_of, load_model_about, load_weights, save_model
-from fastafd.config import PretrainConfig, Task
+from fastafd.config import PretrainConfig
 from fastafd.console import Console
-from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.device import resolve_amp, resolve_device
-from fastafd.engine import resolve_engine
-from fastafd.loop import fit
-from fastafd.methods import Natural
-from fastafd.models import build_model
-from fastafd.optim import make_sgd
-from fastafd.settings import UsageError, cache_dir
-from fastafd.step import TrainStep
+from fastafd.data import load_dataset
+from fastafd.training.natural import folder_of, pretrain
 
 
 def main(argv: list[str]) -> None:
@@ -37,147 +20,6 @@ def main(argv: list[str]) -> None:
     dataset = load_dataset(config.task.dataset, config.task.data_dir, config.task.image_size)
     pretrain(config, dataset, console)
     console.line("evaluate it: python -m fastafd.evaluate " + str(folder_of(config, dataset)))
-
-
-def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The natural classifier of `config`, in eval mode on the CPU, and what its file says of it.
-
-    It comes from its folder, else it is trained (and resumed) there. UsageError where that folder (`out`) holds another
-    model.
-    """
-    folder, shape = folder_of(config, dataset), shaping(config, dataset)
-    weights = folder / "model.safetensors"
-    if weights.exists():
-        net, found = load_model_about(weights)
-        if found.get("shape") != shape:
-            raise UsageError(f"out: {weights} is a model of other settings or data; take another folder")
-        console.line(f"natural model: {weights}")
-        return net, found
-
-    task, sgd = config.task, config.sgd
-    device = resolve_device(task.device)
-    net = fresh_model(task, dataset)
-    loader = loader_of(task, sgd.batch_size, dataset, device, console)
-    net = net.to(device)
-    step = TrainStep(
-        net,
-        make_sgd(net, sgd.lr, sgd.momentum, sgd.weight_decay),
-        Natural(),
-        amp=task.amp,
-        engine=task.engine,
-        augment=Augment(dataset.padding, dataset.flip, task.seed),
-        seed=task.seed,
-        console=console,
-    )
-    console.line(f"natural pre-training: {task.arch} on {dataset.name}, {sgd.epochs} epochs, in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    seconds = fit(
-        step,
-        loader,
-        sgd,
-        folder,
-        console,
-        label="pre-train",
-        log_every=config.log_every,
-        save_every=config.save_every,
-        identity=shape,
-    )
-    net = net.cpu().eval()
-    found = about(task, dataset) | {"shape": shape, "pretraining_seconds": seconds["wall"]}
-    save_model(weights, net, found)
-    (folder / "last.pt").unlink(missing_ok=True)  # the run is over; its optimizer state is of no use any more
-    return net, found
-
-
-def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
-    """A classifier with weights drawn from the task's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)
-        return build_model(task.arch, len(dataset.classes), task.normalize)
-
-
-def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.device, console: Console) -> Loader:
-    """The training images in batches, on the device."""
-    return make_loader(
-        task.loader,
-        dataset.train,
-        name=dataset.name,
-        batch_size=batch_size,
-        seed=task.seed,
-        device=device,
-        cache=cache_dir(),
-        report=console.line,
-    )
-
-
-def given_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier in a file or run folder, or pyautoattack's `example`, and what is known of it.
-
-    UsageError if it does not fit.
-    """
-    net = build_model(task.arch, len(dataset.classes), task.normalize)
-    if pretrained == "example":
-        if (task.arch, dataset.name, task.normalize) != ("resnet18", "cifar10", "none"):
-            raise UsageError(
-                "pretrained: 'example' is a CIFAR-10 ResNet-18 without normalisation,"
-                f" not {task.arch} on {dataset.name} with normalize {task.normalize}"
-            )
-        source = example_weights()
-    else:
-        source = Path(pretrained).expanduser()
-        source = source / "model.safetensors" if source.is_dir() else source
-    fit_weights(net, load_weights(source), source)
-    console.line(f"pre-trained model: {source}")
-    known = about(task, dataset)
-    if source.suffix == ".safetensors" and (seconds := header_of(source).get("pretraining_seconds")) is not None:
-        known["pretraining_seconds"] = seconds
-    return net.eval(), known
-
-
-def example_weights() -> Path:
-    """The naturally trained CIFAR-10 ResNet-18 that the package pyautoattack ships. UsageError where it is left out."""
-    spec = importlib.util.find_spec("pyautoattack")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / "examples" / "model_test.pt"
-        if file.exists():
-            return file
-    raise UsageError("pretrained: 'example' is examples/model_test.pt of pyautoattack, and the one installed has none")
-
-
-def folder_of(config: PretrainConfig, dataset: Dataset) -> Path:
-    """The folder of this pre-training: `out`, or one in the cache named by everything that shapes the weights."""
-    if config.out is not None:
-        return config.out
-    key = hashlib.sha256(shaping(config, dataset).encode()).hexdigest()[:12]
-    return cache_dir() / "pretrained" / f"{dataset.name}-{config.task.arch}-{key}"
-
-
-def shaping(config: PretrainConfig, dataset: Dataset) -> str:
-    """Everything that shapes the weights, as JSON."""
-    task = config.task
-    device = resolve_device(task.device)
-    shape = {
-        "arch": task.arch,
-        "normalize": task.normalize,
-        "seed": task.seed,
-        "amp": resolve_amp(task.amp, device),
-        "engine": resolve_engine(task.engine, device),
-        "data": dataset.train.identity,
-        "sgd": dataclasses.asdict(config.sgd),
-    }
-    return json.dumps(shape, sort_keys=True)
-
-
-def about(task: Task, dataset: Dataset) -> dict[str, Any]:
-    """What a weights file's header says of its classifier."""
-    return {
-        "arch": task.arch,
-        "num_classes": len(dataset.classes),
-        "classes": list(dataset.classes),
-        "image_size": dataset.image_size,
-        "normalize": task.normalize,
-        "dataset": dataset.name,
-    }
 
 
 if __name__ == "__main__":

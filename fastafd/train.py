@@ -30,17 +30,17 @@ from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Dataset, Split, load_dataset
 from fastafd.device import provenance, resolve_amp, resolve_device
-from fastafd.engine import engine_of
 from fastafd.evaluation import ATTACKS, evaluate, show
 from fastafd.files import as_json, save_text
-from fastafd.fine_tuning import rift_by, train_by
 from fastafd.methods import RiFT
 from fastafd.models import Disentangled, check_model
-from fastafd.pretrain import about, fresh_model, given_model, loader_of, pretrain
 from fastafd.recipes import find_recipe, matched
-from fastafd.rift import hold_out
 from fastafd.samples import save_samples
 from fastafd.settings import UsageError
+from fastafd.training.build import rift_by, train_by
+from fastafd.training.engine import engine_of
+from fastafd.training.natural import about, fresh_model, given_model, loader_of, pretrain
+from fastafd.training.rift import hold_out
 
 
 def main(argv: list[str]) -> None:

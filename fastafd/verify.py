@@ -10,7 +10,8 @@ engine), the fast engine in float64, plain PyTorch in the run's arithmetic ("eag
 1. float64: the fast engine's code is the step. Attacked images, and on the same attacked images every loss term,
    gradient, BatchNorm buffer, weight and averaged weight, agree to 1e-9.
 2. The run's arithmetic: of both steps the distance of the same quantities from float64's, the median over comparisons
-   (`fastafd.certificate` says how far it may be and why), and the mean cross-entropy that each one's attack reaches.
+   (`verification/certificate.py` says how far it may be and why), and the mean cross-entropy that each one's attack
+   reaches.
 3. Kernels, on CUDA: each that ran, on operands of these very steps, against its reference in float64.
 4. CUDA graph: a replayed step against the same step launched kernel by kernel, as that is against itself.
 
@@ -37,7 +38,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastafd import cli
-from fastafd.certificate import (
+from fastafd.config import TrainConfig
+from fastafd.console import Bar, Console
+from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
+from fastafd.device import provenance, resolve_amp, resolve_device
+from fastafd.files import as_json, save_text
+from fastafd.methods import Natural
+from fastafd.models import build_model, check_model
+from fastafd.recipes import RECIPES, find_recipe
+from fastafd.settings import RunError, UsageError, cache_dir, check, choice, number, optional, path, setting, text
+from fastafd.training.build import step_of
+from fastafd.training.engine import Fast
+from fastafd.training.graphs import WARM_UPS
+from fastafd.training.optim import make_sgd
+from fastafd.training.step import Inputs, TrainStep
+from fastafd.verification.certificate import (
     Distances,
     Row,
     Values,
@@ -49,21 +64,7 @@ from fastafd.certificate import (
     update_rows,
     values_of,
 )
-from fastafd.config import TrainConfig
-from fastafd.console import Bar, Console
-from fastafd.data import Augment, Dataset, Loader, load_dataset, make_loader
-from fastafd.device import provenance, resolve_amp, resolve_device
-from fastafd.engine import Fast
-from fastafd.files import as_json, save_text
-from fastafd.fine_tuning import step_of
-from fastafd.graphs import WARM_UPS
-from fastafd.kernel_checks import Watch, deviations
-from fastafd.methods import Natural
-from fastafd.models import build_model, check_model
-from fastafd.optim import make_sgd
-from fastafd.recipes import RECIPES, find_recipe
-from fastafd.settings import RunError, UsageError, cache_dir, check, choice, number, optional, path, setting, text
-from fastafd.step import Inputs, TrainStep
+from fastafd.verification.kernel_checks import Watch, deviations
 
 NATURAL, BEFORE = 20, 5  # steps of natural training, then of the recipe, before the first comparison
 AUGMENTATION = 4, True  # padding of the crop, flip; whatever the data set is trained with

@@ -35,16 +35,16 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from benchmarks import fake_gpu, generated, recorder  # noqa: E402
-from fastafd import engine  # noqa: E402
 from fastafd.attacks import Snapshot  # noqa: E402
 from fastafd.console import Console  # noqa: E402
 from fastafd.data import Augment  # noqa: E402
-from fastafd.fine_tuning import step_of  # noqa: E402
 from fastafd.models import build_model, split  # noqa: E402
-from fastafd.optim import fuse  # noqa: E402
 from fastafd.recipes import released  # noqa: E402
-from fastafd.step import TrainStep  # noqa: E402
-from fastafd.timing import PhaseTimer  # noqa: E402
+from fastafd.training import engine  # noqa: E402
+from fastafd.training.build import step_of  # noqa: E402
+from fastafd.training.optim import fuse  # noqa: E402
+from fastafd.training.step import TrainStep  # noqa: E402
+from fastafd.training.timing import PhaseTimer  # noqa: E402
 
 CLASSES, BATCH, SIDE = 10, 4, 8
 CONFIG = replace(released(), attack=replace(released().attack, steps=2))

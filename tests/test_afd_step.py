@@ -11,8 +11,8 @@ from torch import nn
 
 import fastafd
 from fastafd.kernels import afd_loss
-from fastafd.optim import make_sgd
 from fastafd.recipes import find_recipe
+from fastafd.training.optim import make_sgd
 
 BATCH, CLASSES = 16, 5
 

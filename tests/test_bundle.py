@@ -89,7 +89,7 @@ import ffcv, jsonargparse, pyautoattack, fastafd, fastafd.kernels
 from PIL import Image
 from fastafd.data import load_dataset, make_loader
 from fastafd.data.loaders import epoch_order
-from fastafd.pretrain import example_weights
+from fastafd.training.natural import example_weights
 from fastafd.settings import UsageError
 from ffcv.libffcv import imdecode, resize_crop
 

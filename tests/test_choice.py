@@ -15,7 +15,7 @@ import fastafd
 from fastafd.attacks import Choice, Snapshot, choice, machine
 from fastafd.attacks.arms import ARMS
 from fastafd.console import Console
-from fastafd.loop import note_arms
+from fastafd.training.loop import note_arms
 
 CPU = torch.device("cpu")
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64)

@@ -18,9 +18,9 @@ from fastafd.data import ArraySplit, load_dataset, to_unit
 from fastafd.evaluation import ATTACKS, PGD20, evaluate, measurements, run_autoattack
 from fastafd.kernels import linf_step
 from fastafd.models import build_model, split
-from fastafd.pretrain import example_weights
-from fastafd.rift import choose_mixture
 from fastafd.samples import save_samples
+from fastafd.training.natural import example_weights
+from fastafd.training.rift import choose_mixture
 
 main = verb("evaluate")["main"]
 

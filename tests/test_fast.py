@@ -17,15 +17,15 @@ import fastafd
 from benchmarks.faults import kernels_on_a_cpu
 from benchmarks.verify_rates import uncompiled
 from fastafd.console import Console
-from fastafd.ema import EMA
-from fastafd.engine import Compiled
-from fastafd.kernel_checks import Watch
 from fastafd.methods import Natural
 from fastafd.models import split
-from fastafd.optim import make_sgd
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
-from fastafd.step import TrainStep
+from fastafd.training.ema import EMA
+from fastafd.training.engine import Compiled
+from fastafd.training.optim import make_sgd
+from fastafd.training.step import TrainStep
+from fastafd.verification.kernel_checks import Watch
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from torch import nn
 
 from fastafd.data import ArraySplit, Augment, to_unit
 from fastafd.data.loaders import Loader, ResidentLoader, epoch_order
-from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
 from fastafd.methods.grad_align import misalignment
 from fastafd.models import split
-from fastafd.optim import learning_rate, make_sgd
 from fastafd.recipes import find_recipe
+from fastafd.training.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
+from fastafd.training.optim import learning_rate, make_sgd
 
 
 def test_free_at_is_its_transcription():

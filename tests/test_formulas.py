@@ -13,10 +13,10 @@ from torch import nn
 
 from fastafd.config import PretrainConfig
 from fastafd.data import balanced_draw
-from fastafd.ema import EMA, ema_decay
 from fastafd.evaluation import wilson
-from fastafd.optim import learning_rate
 from fastafd.recipes import RECIPES, find_recipe
+from fastafd.training.ema import EMA, ema_decay
+from fastafd.training.optim import learning_rate
 
 # Epochs counted from 1, as the released script's adjust_learning_rate prints them.
 RELEASED = [0.025] * 10 + [0.020] * 2 + [0.010] * 2 + [0.005] * 2 + [0.0025] * 2 + [0.00125] * 2

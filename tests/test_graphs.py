@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT
 from tiny import afd_step, assert_close, batches, needs_gpu, tiny
 
-from fastafd.graphs import WARM_UPS, Graphs
 from fastafd.methods import Natural
-from fastafd.optim import fuse, make_sgd, needs_host, restore
-from fastafd.step import TrainStep
+from fastafd.training.graphs import WARM_UPS, Graphs
+from fastafd.training.optim import fuse, make_sgd, needs_host, restore
+from fastafd.training.step import TrainStep
 
 
 class OnTheCPU(Graphs):
@@ -243,7 +243,7 @@ def test_a_step_that_waits_cannot_be_recorded_and_runs_all_the_same():
 import sys, torch
 sys.path.insert(0, "tests")
 from tiny import afd_step, batches, tiny
-from fastafd.graphs import WARM_UPS
+from fastafd.training.graphs import WARM_UPS
 step = afd_step(tiny(dtype=torch.float32), "fast", "cuda")
 average, stream = step.engine.average, torch.cuda.current_stream()
 step.engine.average = lambda weight: average(float(weight))

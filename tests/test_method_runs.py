@@ -9,8 +9,8 @@ import pytest
 
 from fastafd import train
 from fastafd.attacks import PGD
-from fastafd.optim import learning_rate
 from fastafd.recipes import OF_OTHERS, find_recipe, matched
+from fastafd.training.optim import learning_rate
 
 
 def test_published_settings_of_the_others():

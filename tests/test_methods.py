@@ -15,10 +15,10 @@ from torch import nn
 from fastafd.attacks import PGD, Snapshot, input_gradient
 from fastafd.methods import VAFT
 from fastafd.models import disentangle, split
-from fastafd.optim import make_sgd
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
-from fastafd.step import TrainStep
+from fastafd.training.optim import make_sgd
+from fastafd.training.step import TrainStep
 
 BOTH = ("reference", "fast")
 STEPS = 12

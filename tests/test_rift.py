@@ -13,10 +13,10 @@ from float64 import BATCH, assert_same, batches, small_net
 from fastafd.attacks import PGD
 from fastafd.console import Console
 from fastafd.data import ArraySplit
-from fastafd.optim import make_sgd
 from fastafd.recipes import find_recipe
-from fastafd.rift import choose_mixture, criticality, hold_out, mix
-from fastafd.step import TrainStep
+from fastafd.training.optim import make_sgd
+from fastafd.training.rift import choose_mixture, criticality, hold_out, mix
+from fastafd.training.step import TrainStep
 
 
 def test_criticality_is_its_transcription():
@@ -51,7 +51,7 @@ def test_mixing_is_its_transcription():
 
 
 def test_mixture_is_the_best_on_clean_images_that_loses_no_robustness(monkeypatch):
-    from fastafd import rift
+    from fastafd.training import rift
 
     of_share = {0.0: (0.5, 0.40), 0.1: (0.7, 0.41), 0.2: (0.7, 0.40), 0.3: (0.8, 0.38), 1.0: (0.9, 0.1)}
     seen = []

@@ -5,66 +5,109 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
 
-# A module may import those of its own layer and of the layers before it.
+# A file or folder may import from itself and from the rows above its own, nothing else.
 LAYERS = [
-    ["settings", "kernels", "console", "capture"],
-    ["files", "device", "kernel_checks", "timing"],
-    ["reporting"],
-    ["models", "attacks", "data"],
-    ["methods", "ema", "optim", "checkpoint"],
-    ["graphs"],
-    ["config", "engine"],
+    ["settings", "console", "kernels"],
+    ["files", "device", "capture"],
+    ["models", "attacks", "data", "reporting", "cli"],
+    ["methods", "checkpoint", "evaluation"],
+    ["config", "samples"],
     ["recipes"],
-    ["step"],
-    ["afd_step", "fast_at", "certificate"],
-    ["loop"],
-    ["cli"],
-    ["report"],
-    ["evaluation"],
-    ["evaluate"],
-    ["pretrain", "rift", "samples"],
-    ["fine_tuning"],
-    ["train", "verify"],
+    ["training"],
+    ["verification"],
+    ["train", "pretrain", "verify", "evaluate", "report"],  # the verbs
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+VERBS = LAYERS[-1]
+
+
 def sources():
+    """(dotted name below fastafd, path) of every module."""
     for folder, prefix in ((ROOT / "fastafd", ""), (ROOT / "kernels", "kernels.")):
         for path in sorted(folder.rglob("*.py")):
             yield prefix + ".".join(path.relative_to(folder).with_suffix("").parts), path
 
 
-def runtime_imports(path):
-    """Modules of fastafd that the file imports when it is imported (not for types alone)."""
+def place(name):
+    """The file or folder at the top level of fastafd that a dotted name belongs to."""
+    return name.split(".")[0]
+
+
+def imported(path):
+    """Dotted names below fastafd that a file imports when it runs, at its top or inside functions."""
     tree = ast.parse(path.read_text())
-    typing_only = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) for n in ast.walk(node)}
+    for_checkers = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    typing_only = {id(inner) for node in for_checkers for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastafd":
-            rest = node.module.split(".")[1:]
-            yield from [rest[0]] if rest else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module and place(node.module) == "fastafd":
+            below = node.module.removeprefix("fastafd").lstrip(".")
+            yield from [below] if below else [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
-            yield from [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastafd.")]
+            yield from [alias.name.removeprefix("fastafd.") for alias in node.names if place(alias.name) == "fastafd"]
+
+
+def reached_from(start):
+    """Every file and folder that `start` imports, directly or through others."""
+    direct = {}
+    for name, path in sources():
+        direct.setdefault(place(name), set()).update(map(place, imported(path)))
+    reached, left = set(), [start]
+    while left:
+        for target in direct[left.pop()] - reached:
+            reached.add(target)
+            left.append(target)
+    return reached - {start}
 
 
 def test_layers():
     seen = set()
     for name, path in sources():
-        own = name.split(".")[0]
-        if own in ("__init__", "__main__"):
+        source = place(name)
+        if source in ("__init__", "__main__"):
             continue
-        seen.add(own)
-        for target in runtime_imports(path):
-            assert LEVEL[target] <= LEVEL[own], f"{path.relative_to(ROOT)} imports {target}"
-            if LEVEL[target] == LEVEL[own]:
-                assert target == own, f"{path.relative_to(ROOT)} imports {target} of its own layer"
+        seen.add(source)
+        for target in map(place, imported(path)):
+            assert target == source or LEVEL[target] < LEVEL[source], f"{path.relative_to(ROOT)} imports {target}"
     assert seen == set(LEVEL)
+
+
+def test_walls():
+    """Evaluation does not know training, a report reads files alone, methods are pure, and no module imports a verb."""
+    assert not {"training", "recipes", "methods", "config"} & reached_from("evaluation")
+    assert reached_from("reporting") <= {"settings", "files"}
+    assert reached_from("methods") <= {"kernels", "models", "settings"}
+    assert reached_from("kernels") == set()
+    for _, path in sources():
+        assert not set(VERBS) & set(map(place, imported(path))), path
+
+
+def test_reporting_needs_no_torch():
+    """`import fastafd` brings torch; the reports themselves never call it."""
+    for name, path in sources():
+        if place(name) == "reporting":
+            modules = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)]
+            assert "torch" not in {place(alias.name) for node in modules for alias in node.names}, path
+            assert "from torch" not in path.read_text(), path
+
+
+def test_the_packages_are_those_of_the_wheel():
+    """A folder that pyproject.toml does not list would be missing from the wheel, and from it alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        "fastafd." + ".".join(p.parent.relative_to(ROOT / "fastafd").parts)
+        for p in ROOT.glob("fastafd/*/**/__init__.py")
+    }
+    kernels = {"fastafd." + ".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("kernels/**/__init__.py")}
+    assert set(project["packages"]) == {"fastafd", *folders, *kernels}
 
 
 def test_kernels_import_torch_and_triton_alone():

@@ -18,7 +18,7 @@ import fastafd
 from fastafd import train
 from fastafd.checkpoint import load_run
 from fastafd.settings import RunError, Stopped, UsageError
-from fastafd.step import TrainStep
+from fastafd.training.step import TrainStep
 
 # 240 images of 8x8 pixels, 15 steps an epoch
 SMALL = (
@@ -267,7 +267,7 @@ def test_the_teacher_is_part_of_the_run(whole_run, digit_tree, tmp_path, monkeyp
 
 
 def test_a_signal_during_the_last_save_is_not_lost(digit_tree, tmp_path, monkeypatch):
-    from fastafd import loop
+    from fastafd.training import loop
 
     saved = []
 
@@ -287,7 +287,7 @@ def test_a_signal_during_the_last_save_is_not_lost(digit_tree, tmp_path, monkeyp
 
 
 def test_stopping_in_pre_training_leaves_a_run_to_resume(digit_tree, tmp_path, monkeypatch):
-    from fastafd import loop
+    from fastafd.training import loop
 
     def save_and_signal(path, state):
         save_run(path, state)

@@ -13,7 +13,10 @@ from test_graphs import OnTheCPU
 from benchmarks.faults import FAULTS, kernels_on_a_cpu, scaled
 from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
-from fastafd.certificate import (
+from fastafd.kernels.lazy import OPERATIONS
+from fastafd.settings import RunError, UsageError
+from fastafd.training.build import step_of
+from fastafd.verification.certificate import (
     LIMITS,
     Distances,
     Limit,
@@ -26,10 +29,7 @@ from fastafd.certificate import (
     row,
     update_rows,
 )
-from fastafd.fine_tuning import step_of
-from fastafd.kernel_checks import Launch, Watch, deviations, nearly_tied
-from fastafd.kernels.lazy import OPERATIONS
-from fastafd.settings import RunError, UsageError
+from fastafd.verification.kernel_checks import Launch, Watch, deviations, nearly_tied
 
 SMALL = "--device cpu --batch-size 8 --comparisons 3".split()
 ARGUMENTS = [*SMALL, "--arch", "resnet8_half", "--amp", "fp32"]

@@ -11,8 +11,8 @@ from torch import nn
 
 import fastafd
 from fastafd.data import Augment
-from fastafd.optim import make_sgd
-from fastafd.step import TrainStep
+from fastafd.training.optim import make_sgd
+from fastafd.training.step import TrainStep
 
 CLASSES, BATCH = 5, 8
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -28,10 +28,10 @@ from torch import Tensor
 from fastafd.attacks.arms import ARMS, Form, goes_together, site_of
 from fastafd.attacks.folded import Folded
 from fastafd.attacks.snapshot import Snapshot
+from fastafd.capture import interleaved_seconds
 from fastafd.console import Console
 from fastafd.files import as_json, save_text
 from fastafd.settings import RunError, cache_dir
-from fastafd.timing import interleaved_seconds
 
 MARGIN = 0.05  # of the plain form's seconds
 BUDGET_S = 120.0  # seconds of timing, compilation included, after which a run begins no further form

@@ -1,6 +1,7 @@
 """RiFT (Zhu et al., ICCV 2023, arXiv 2308.02533): clean fine-tuning of the one module that robustness needs least.
 
-Its parts are in `fastafd.rift`: the criticality of each module, the fine-tuning, the interpolation of both models.
+Its three parts are in `fastafd.training.rift`: the criticality of each module, the fine-tuning, and the mixture of both
+models' weights.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from fastafd.methods import AFD
 from fastafd.models import Disentangled
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError, unknown
-from fastafd.step import TrainStep
+from fastafd.training.step import TrainStep
 
 
 class AFDStep(TrainStep):
     """The AFD step for any loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
 
     model: `fastafd.disentangle(net)`; teacher: the natural classifier that `net` started from, frozen here as a copy;
-    optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.optim.make_sgd`).
+    optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.make_sgd`).
     recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
     classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
     amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".

@@ -19,9 +19,9 @@ from fastafd.console import Bar, Console
 from fastafd.data.loaders import Loader
 from fastafd.device import enough_memory
 from fastafd.files import as_json, save_text
-from fastafd.optim import learning_rate
 from fastafd.settings import RunError, Stopped, UsageError
-from fastafd.step import TrainStep
+from fastafd.training.optim import learning_rate
+from fastafd.training.step import TrainStep
 
 
 def fit(

@@ -3,9 +3,10 @@
     images -> augment, [0,1] -> attack (PGD on the f1 path) -> teacher on x, student on x_adv -> loss terms
            -> one backward -> one SGD step -> EMA
 
-The parts, and all that is known of arithmetic types, compilers and BatchNorm modes, are in `fastafd.engine`; here is
-their order, and how they are launched: one after the other, or on CUDA by the fast engine as one graph. Nothing in a
-step waits for the device, but in the first batch of a shape: its checks, the compilers, the timing of convolutions.
+This module puts the parts in order and launches them: one after the other, or, with the fast engine on CUDA, as one
+graph. The parts themselves, and everything about arithmetic types, compilers and BatchNorm modes, are in `engine.py`.
+No step waits for the device, except the first one of a batch shape: it checks the batch, compiles, and times
+convolutions.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from fastafd.attacks import PGD
 from fastafd.console import Console
 from fastafd.data.augment import Augment, to_unit
 from fastafd.device import resolve_amp
-from fastafd.ema import EMA
-from fastafd.engine import Engine, Fast, Reference, engine_of, keep_compiled
-from fastafd.graphs import Graphs
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import SplitNet, split
-from fastafd.optim import fuse, needs_host, restore, to_channels_last
 from fastafd.settings import UsageError
-from fastafd.timing import PhaseTimer
+from fastafd.training.ema import EMA
+from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
+from fastafd.training.graphs import Graphs
+from fastafd.training.optim import fuse, needs_host, restore, to_channels_last
+from fastafd.training.timing import PhaseTimer
 
 # images, labels, crop offsets, flips, the attack's noise, the epoch
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

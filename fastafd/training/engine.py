@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from fastafd.attacks import KLPGD, PGD, Choice, Snapshot, machine
 from fastafd.console import Console
 from fastafd.device import AMP, algorithms_by_trial, autocast
-from fastafd.ema import EMA
 from fastafd.kernels import linf_step
 from fastafd.kernels.lazy import references
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Disentangled, SplitNet
 from fastafd.settings import UsageError, cache_dir, unknown
+from fastafd.training.ema import EMA
 
 ENGINES = ("reference", "fast")
 # Inductor's options for functions of many small passes: those that do not need each other become one launch. Passes

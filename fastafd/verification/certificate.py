@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastafd.kernel_checks import BIT_FOR_BIT, Deviation
-from fastafd.step import TrainStep
+from fastafd.training.step import TrainStep
+from fastafd.verification.kernel_checks import BIT_FOR_BIT, Deviation
 
 Values = dict[str, Tensor]  # float64, by "group: quantity"
 Row = dict[str, Any]

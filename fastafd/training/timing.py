@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-
-from fastafd.capture import capture
 
 
 class PhaseTimer:
@@ -51,30 +47,3 @@ class PhaseTimer:
         self._events.clear()
         self._seconds.clear()
         return seconds
-
-
-def interleaved_seconds(
-    calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 20, warm: int = 3
-) -> dict[str, float]:
-    """Median seconds of each call on a GPU: recorded as graphs, replayed in turn, round after round."""
-    stream = torch.cuda.Stream(device)
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    torch.cuda.synchronize(device)
-    for name, call in calls.items():
-        with torch.cuda.stream(stream):
-            for _ in range(warm):
-                call()
-        torch.cuda.synchronize(device)
-        graphs[name], _ = capture(call, stream)
-    for graph in [*graphs.values()] * warm:
-        graph.replay()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            events[name].append((begin, end))
-    torch.cuda.synchronize(device)
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1000 for name, pairs in events.items()}

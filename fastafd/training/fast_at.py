@@ -19,7 +19,7 @@ from fastafd.device import autocast
 from fastafd.methods import ATAS, Batch, FreeAT, GradAlign, Loss
 from fastafd.methods.atas import window
 from fastafd.methods.grad_align import misalignment
-from fastafd.step import Inputs, TrainStep
+from fastafd.training.step import Inputs, TrainStep
 
 
 class Replayed(Loader):

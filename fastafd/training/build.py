@@ -16,14 +16,14 @@ from fastafd.config import TrainConfig
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, Split
 from fastafd.device import true_fp32
-from fastafd.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
 from fastafd.files import as_json, save_text
-from fastafd.loop import fit
 from fastafd.methods import ATAS, FreeAT, GradAlign, RiFT
 from fastafd.models import SplitNet, disentangle, split
-from fastafd.optim import make_sgd
-from fastafd.rift import attacked_images, choose_mixture, criticality
-from fastafd.step import TrainStep
+from fastafd.training.fast_at import ATASStep, FreeStep, GradAlignStep, Replayed
+from fastafd.training.loop import fit
+from fastafd.training.optim import make_sgd
+from fastafd.training.rift import attacked_images, choose_mixture, criticality
+from fastafd.training.step import TrainStep
 
 
 def step_of(

@@ -1,0 +1,1 @@
+"""What the certificate of `python -m fastafd.verify` consists of: distances, limits, and a look at each kernel."""
