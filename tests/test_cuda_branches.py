@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastafd.attacks import autoattack
 from fastafd.console import Console
 from fastafd.data import Augment
 from fastafd.data.loaders import FfcvLoader, TorchLoader
 from fastafd.device import provenance, resolve_amp, resolve_device, true_fp32
+from fastafd.evaluation import autoattack
 from fastafd.training import engine
 from fastafd.training.graphs import WARM_UPS, Graphs
 from fastafd.training.timing import PhaseTimer
