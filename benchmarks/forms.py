@@ -27,7 +27,7 @@ from fastafd.methods import ATAS, Natural
 from fastafd.models import build_model, disentangle
 from fastafd.recipes import AFD_ATTACK, afkd, arrest, atas, fgsm_ga, free_at, pgd_at, released, rift, trades, vaft
 from fastafd.training.afd_step import AFDStep
-from fastafd.training.build import step_of
+from fastafd.training.build import build_step
 from fastafd.training.optim import make_sgd
 from fastafd.training.step import TrainStep
 
@@ -54,12 +54,12 @@ def method_step(net: nn.Module, config: TrainConfig, loader: Loader, amp: str) -
 
     RiFT's fine-tunes the middle convolution. ATAS's begins in the first epoch of adaptive step sizes.
     """
-    if type(config.method) is Natural:  # RiFT is one too
+    if isinstance(config.method, Natural):
         return our_step(net, "natural", amp, "fast")
     task, sgd = replace(config.task, amp=amp, engine="fast"), replace(config.sgd, lr=1e-3)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
     middle = convolutions[(len(convolutions) - 1) // 2]  # of a ResNet-18 layer2.1.conv2
-    step = step_of(replace(config, task=task, sgd=sgd), net, loader, Augment(4, True, 0), Console(), middle)
+    step = build_step(replace(config, task=task, sgd=sgd), net, loader, Augment(4, True, 0), Console(), middle)
     if isinstance(config.method, ATAS):
         step.steps = config.method.warm_up * len(loader)
     return step

@@ -1,7 +1,7 @@
-"""A command line from a dataclass of settings: one flag a field, a YAML file, and one line for every mistake.
+"""A command line made from a dataclass of settings: one flag a field, a YAML file, and one line for every mistake.
 
-jsonargparse reads flags and files; which value is right, and what is said of a wrong one, is each field's own parser.
-Later wins: the dataclass's defaults (a recipe's), then `--config FILE`, then flags.
+jsonargparse reads the flags and the file. The parser of each field checks its value and words the error message.
+The order of precedence, later ones winning: the defaults (those of the recipe), `--config FILE`, then flags.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from fastafd.settings import RunError, Stopped, UsageError, switch
 
 
 def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
-    """The config that `argv` makes of the dataclass instance `defaults`. UsageError for anything it does not take.
+    """A copy of the dataclass instance `defaults` with the settings in `argv`. UsageError for anything it does not
+    take.
 
-    `about` is the verb's docstring, which --help shows above the flags.
+    about: the verb's docstring, which --help shows above the flags.
     """
     parser = _Parser(
         prog=f"python -m {prog}",
@@ -50,12 +51,24 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
         if field.metadata["parse"] is switch:  # --json alone means --json true
             form |= {"nargs": "?", "const": True}
         parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", **form)
-    found = parser.parse_args(argv)
-    return build(defaults, {name: found[name] for name, _, _ in listed})
+    args = parser.parse_args(argv)
+    return build(defaults, {name: args[name] for name, _, _ in listed})
+
+
+def take(argv: list[str], *flags: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of each of the flags in `argv`, in order, and the remaining words.
+
+    UsageError for a flag without one.
+    """
+    parser = _FirstParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag, dest=flag, action="append", default=[])
+    values, rest = parser.parse_known_args(argv)
+    return vars(values), rest
 
 
 def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
-    """A copy of `defaults` with its settings taken from `values`, by dotted name."""
+    """A copy of `defaults` with the settings in `values`, by dotted name; the others stay."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
@@ -67,8 +80,8 @@ def build(defaults: Any, values: dict[str, Any], prefix: str = "") -> Any:
     return dataclasses.replace(defaults, **changes)
 
 
-# Settings that say where, on what and how a run is done, and nothing of what it computes.
-ASIDE = (
+# Settings that a report names elsewhere (network, data, seed) or leaves out (where and how a run was done).
+NOT_LISTED = (
     "arch",
     "dataset",
     "data_dir",
@@ -85,13 +98,15 @@ ASIDE = (
 
 
 def changes(recipe: Any, config: Any) -> dict[str, Any]:
-    """The settings of `config`, by dotted name, that are not the recipe's own, but for those of `ASIDE`."""
-    own = {name: value for name, value, _ in entries(recipe)}
-    return {name: _plain(value) for name, value, _ in entries(config) if name not in ASIDE and value != own[name]}
+    """The settings of `config`, by dotted name, that differ from the recipe's, without those of `NOT_LISTED`."""
+    defaults = {name: value for name, value, _ in entries(recipe)}
+    return {
+        name: _plain(value) for name, value, _ in entries(config) if name not in NOT_LISTED and value != defaults[name]
+    }
 
 
 def to_yaml(config: Any) -> str:
-    """All settings but the run folder, as `--config` reads them."""
+    """All settings except the run folder, in the form that `--config` reads."""
     tree: dict[str, Any] = {}
     for name, value, _ in entries(config):
         if name == "out":
@@ -105,23 +120,26 @@ def to_yaml(config: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. UsageError for one that holds none."""
+    """The settings in a YAML file. UsageError for a file that cannot be read or holds none."""
     try:
-        found = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"config: {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UsageError(f"config: {path} holds no settings, takes lines such as 'lr: 0.01'")
-    return found
+    return settings
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
-    """Run a verb: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving. One line for each but 0."""
+    """Run a verb and end the process: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving.
+
+    Every code but 0 comes with one line on stderr.
+    """
     try:
         _stop_on_signals()
         with enough_memory(lambda: "Take a smaller --batch-size, or end what else uses it"):
             main(argv)
-        sys.stdout.flush()  # here, where a pipe that nobody reads any more is no traceback
+        sys.stdout.flush()  # inside this try, so that a closed pipe causes no traceback
         code, line = 0, ""
     except UsageError as error:
         code, line = 2, f"error: {error}"
@@ -129,15 +147,15 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, line = 1, f"error: {error}"
     except Stopped as stop:
         code, line = 75, str(stop)
-    except BrokenPipeError:  # of `| head`, say
+    except BrokenPipeError:  # as with `| head`
         code, line = 1, ""
-    except OSError as error:  # a folder that may not be written, a device that is full
+    except OSError as error:  # a folder without write permission, a full disk
         code, line = 1, f"error: {error.filename or 'writing'}: {error.strerror or error}"
     except Exception:
         traceback.print_exc()
         code, line = (
             1,
-            "error: this is a bug in fastafd, not a mistake of yours; the lines above are what a report needs",
+            "error: this is a bug in fastafd, not a mistake of yours; please report it with the lines above",
         )
     if line:
         with suppress(BrokenPipeError):
@@ -146,45 +164,56 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 
 
 def _stop_on_signals() -> None:
-    """Outside the training loop (which saves first) a signal ends the verb with 75, a second SIGINT with 130."""
+    """Outside the training loop, which saves first, a signal ends the verb with 75, a second SIGINT with 130."""
     asked: list[int] = []
 
     def stop(number: int, _: object) -> None:
         if asked and number == signal.SIGINT:
             os._exit(130)
         asked.append(number)
-        raise Stopped(f"stopped by {signal.Signals(number).name}; what was finished is saved")
+        raise Stopped(f"stopped by {signal.Signals(number).name}; finished work is saved")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
 
 
+class _FirstParser(argparse.ArgumentParser):
+    """argparse's parser with an error message of this project, for the flags that `take` takes."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"argument (\S+):", message)
+        raise UsageError(f"{flag[1]}: takes a value" if flag else message)
+
+
 class _Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser with this project's error lines."""
+    """jsonargparse's parser with error messages of this project."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
         unrecognised = re.search(r"unrecognized arguments: (\S+)", message)
-        foreign_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
-        lonely = re.search(r"argument (\S+): expected one argument", message)
+        unknown_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
+        without_value = re.search(r"argument (\S+): expected one argument", message)
         if unrecognised and not unrecognised[1].startswith("-"):
-            raise UsageError(f"{unrecognised[1]}: no flag stands before it; a run folder to evaluate goes first")
+            raise UsageError(f"{unrecognised[1]}: no flag stands before it; the run folder to evaluate comes first")
         if unrecognised:
             got = unrecognised[1].split("=")[0]
             near = _nearest(got.removeprefix("--").replace("-", "_"), names)
             hint = f" (did you mean --{near.replace('_', '-')}?)" if near else "; --help lists them"
             raise UsageError(f"{got}: no such flag{hint}")
-        if foreign_key:
-            near = _nearest(foreign_key[1], names)
-            raise UsageError(f"{foreign_key[1]}: no such setting{f' (did you mean {near}?)' if near else ''}")
-        if lonely:
-            raise UsageError(f"{lonely[1]}: takes a value")
+        if unknown_key:
+            near = _nearest(unknown_key[1], names)
+            raise UsageError(f"{unknown_key[1]}: no such setting{f' (did you mean {near}?)' if near else ''}")
+        if without_value:
+            raise UsageError(f"{without_value[1]}: takes a value")
         raise UsageError(re.sub(r'Parser key "([^"]+)":', r"\1:", message))
 
 
 def _nearest(got: str, names: list[str]) -> str | None:
-    """The setting that was meant: one whose last part is `got`, else one that is spelt alike."""
+    """The setting that was probably meant.
+
+    One whose last part is `got`, else one with a similar spelling, else None.
+    """
     for name in names:
         if name.rpartition(".")[2] == got:
             return name
@@ -192,7 +221,7 @@ def _nearest(got: str, names: list[str]) -> str | None:
 
 
 def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    """(dotted name, value, field) of every setting, those of flat parts under their own names."""
+    """(dotted name, value, field) of every setting; the name has no prefix for settings of flat parts."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -209,12 +238,12 @@ def _converter(field: dataclasses.Field[Any], name: str) -> Callable[[Any], Any]
 
 
 def _plain(value: Any) -> Any:
-    """A setting as YAML writes it."""
+    """The value in the form that YAML writes: lists instead of tuples, text instead of paths."""
     if isinstance(value, tuple):
         return [list(pair) for pair in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """`config.yaml` of a run folder."""
+    """Write the run folder's `config.yaml`."""
     save_text(folder / "config.yaml", to_yaml(config))

@@ -1,8 +1,9 @@
-"""Settings and their mistakes: how a field is declared, parsed and explained, and where caches live.
+"""How a setting is declared, parsed and explained; the exceptions that end a run; and the folder of caches.
 
-Every setting is a field of a frozen dataclass, declared with `setting`: a sentence (with its unit) that the command
-line shows as help, and the function that parses what a user may write. `fastafd.cli` turns such a dataclass into a
-command line; below the verbs' modules functions take plain values, never a config.
+Every setting is a field of a frozen dataclass, declared with `setting`: a sentence with its unit, which the command
+line shows as help, and the function that parses what a user wrote. `fastafd.cli` turns such a dataclass into a command
+line. The verbs, `fastafd.training.build` and `fastafd.training.natural` read such configs; functions below them take
+plain values.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from typing import Any
 
 
 class UsageError(Exception):
-    """A user's mistake: one line that names the field, what it got and what it takes. Exit code 2."""
+    """A user's mistake, told in one line: the name of the field, what it got and what it takes. Exit code 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on (NaN loss, no disk space): one line that says why. Exit code 1."""
+    """A run cannot continue (NaN loss, no disk space); one line says why. Exit code 1."""
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop; what it had is saved. Exit code 75, so that a scheduler may requeue it.
+    """A signal asked the run to stop, and the run has saved its state. Exit code 75: a scheduler may requeue the run.
 
-    Like KeyboardInterrupt no Exception, since nothing that recovers from errors should catch it.
+    It is not an Exception, as KeyboardInterrupt is not, so that code that recovers from errors does not catch it.
     """
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> UsageError:
-    """The error for a name that is not among `valid`, with the nearest valid one."""
+    """The error for a name that is not in `valid`; it names the most similar valid one."""
     names = list(valid)
     near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -41,10 +42,13 @@ def unknown(field: str, got: object, valid: Iterable[str]) -> UsageError:
 
 
 def cache_dir() -> Path:
-    """For .beton files and pre-trained weights: FASTAFD_CACHE, else XDG_CACHE_HOME/fastafd, else ~/.cache/fastafd."""
-    named = os.environ.get("FASTAFD_CACHE")
-    if named:
-        return Path(named).expanduser()
+    """The folder of .beton files, pre-trained weights and compiled code.
+
+    It is FASTAFD_CACHE, else XDG_CACHE_HOME/fastafd, else ~/.cache/fastafd.
+    """
+    folder = os.environ.get("FASTAFD_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastafd"
 
 
@@ -54,19 +58,25 @@ Parser = Callable[[object, str], Any]  # (what the user wrote, field name) -> va
 
 
 def setting(default: Any, help: str, parse: Parser | None = None) -> Any:
-    """A config field: its default, the sentence (with its unit) that explains it, and its own parser if it has one."""
+    """A field of a config: its default, the sentence with its unit that explains it, and its parser, if it has one."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
 
 
 def part(default: Any = dataclasses.MISSING, flat: bool = False) -> Any:
-    """A config field that is itself a dataclass of settings; `flat` ones lend their fields' names to the whole."""
+    """A field of a config that is itself a dataclass of settings.
+
+    flat: True if its settings are named without a prefix (`lr`), False with one (`attack.steps`).
+    """
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata={"flat": flat})
     return dataclasses.field(default=default, metadata={"flat": flat})
 
 
 def pixels(value: object, field: str) -> float:
-    """A distance in pixels of [0,1]: a float, or a fraction such as "8/255". UsageError for anything outside [0,1]."""
+    """Parse a distance in pixels of [0,1].
+
+    A float, or a fraction such as "8/255". UsageError if it is outside [0,1].
+    """
     takes = "a length in pixels of [0,1] such as 8/255 or 0.03"
     try:
         number = float(Fraction(value)) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
@@ -79,7 +89,7 @@ def pixels(value: object, field: str) -> float:
 
 
 def number(low: float, high: float = math.inf, whole: bool = False) -> Parser:
-    """A parser of numbers in [low, high], whole ones only if `whole`."""
+    """A parser of numbers in [low, high]; with `whole`, of integers."""
     kind = "a whole number" if whole else "a number"
     takes = f"{kind} >= {low:g}" if high == math.inf else f"{kind} from {low:g} to {high:g}"
 
@@ -98,7 +108,7 @@ def number(low: float, high: float = math.inf, whole: bool = False) -> Parser:
 
 
 def choice(*names: str) -> Parser:
-    """A parser of one of `names`."""
+    """A parser that takes one of `names`."""
 
     def parse(value: object, field: str) -> str:
         if value not in names:
@@ -109,7 +119,7 @@ def choice(*names: str) -> Parser:
 
 
 def optional(inner: Parser) -> Parser:
-    """`inner`, or nothing (None, in a file `null`)."""
+    """A parser that takes what `inner` takes, or nothing: None, in a file `null`."""
 
     def parse(value: object, field: str) -> Any:
         return None if value in (None, "", "none", "null") else inner(value, field)
@@ -118,30 +128,33 @@ def optional(inner: Parser) -> Parser:
 
 
 def path(value: object, field: str) -> Path:
+    """Parse a path and make it absolute, because a run folder's config must be valid from any working directory."""
     if not isinstance(value, (str, Path)):
         raise UsageError(f"{field}: got {value!r}, takes a path")
-    return Path(value).expanduser().absolute()  # a run folder's config must hold from anywhere
+    return Path(value).expanduser().absolute()
 
 
 def weights_file(value: object, field: str) -> str:
-    """A path, made absolute, or the word "example"."""
+    """Parse the path of a file of weights, made absolute, or the word "example"."""
     return "example" if value == "example" else str(path(value, field))
 
 
 def text(value: object, field: str) -> str:
+    """Parse any string."""
     if not isinstance(value, str):
         raise UsageError(f"{field}: got {value!r}, takes a word")
     return value
 
 
 def switch(value: object, field: str) -> bool:
+    """Parse true or false."""
     if str(value).lower() not in ("true", "false"):
         raise UsageError(f"{field}: got {value!r}, takes true or false")
     return str(value).lower() == "true"
 
 
 def lr_steps(value: object, field: str) -> tuple[tuple[float, float], ...]:
-    """A schedule: pairs (fraction of the run, factor on lr), also written "0:1,0.5:0.8"."""
+    """Parse a learning rate schedule: pairs (fraction of the run, factor on lr), or text such as "0:1,0.5:0.8"."""
     takes = "pairs FRACTION:FACTOR from 0 on, rising, such as 0:1,0.75:0.1,0.9:0.01"
     try:
         pairs = [pair.split(":") for pair in value.split(",")] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
@@ -155,7 +168,7 @@ def lr_steps(value: object, field: str) -> tuple[tuple[float, float], ...]:
 
 
 def check(config: Any) -> None:
-    """Run every field of a dataclass of settings through its parser; called from `__post_init__`."""
+    """Parse every field of a dataclass of settings in place; `__post_init__` calls this."""
     for field in dataclasses.fields(config):
         parse = field.metadata.get("parse")
         if parse is not None:

@@ -4,10 +4,10 @@
     python -m fastafd.train --arch wrn34_10                      # CIFAR-10; a natural model is pre-trained first
     python -m fastafd.train --pretrained example                 # from the ResNet-18 that pyautoattack ships
     python -m fastafd.train --recipe vaft --matched              # another method, under AFD's conditions
-    python -m fastafd.train --resume runs/NAME                   # go on, step-exactly, after any kind of stop
+    python -m fastafd.train --resume runs/NAME                   # continue after any kind of stop, exactly
 
 A run folder holds config.yaml, env.json, metrics.jsonl, last.pt, natural.safetensors (the teacher),
-model.safetensors (merged), samples.npz (for reports) and result.json.
+model.safetensors (the merged classifier), samples.npz (for reports) and result.json.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from fastafd.attacks import PGD
 from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
-from fastafd.data import Dataset, Split, load_dataset
+from fastafd.data import Dataset, load_dataset
 from fastafd.device import provenance, resolve_amp, resolve_device
 from fastafd.evaluation import ATTACKS, evaluate, show
 from fastafd.files import as_json, save_text
-from fastafd.methods import RiFT
 from fastafd.models import Disentangled, check_model
 from fastafd.recipes import find_recipe, matched
 from fastafd.samples import save_samples
 from fastafd.settings import UsageError
-from fastafd.training.build import rift_by, train_by
+from fastafd.training import build
 from fastafd.training.engine import engine_of
-from fastafd.training.natural import about, fresh_model, given_model, loader_of, pretrain
+from fastafd.training.natural import build_loader, fresh_model, header_for, pretrain, pretrained_model
 from fastafd.training.rift import hold_out
 
 
@@ -51,12 +50,14 @@ def main(argv: list[str]) -> None:
     check_model(task.arch, task.normalize)
     recipe = find_recipe(config.recipe)
     device = resolve_device(task.device)
-    task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))  # a resumed run keeps it
+    # The engine is resolved here and written to config.yaml, so that a resumed run uses the same one.
+    task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))
     config = dataclasses.replace(config, task=task)
     check_for_method(config)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
-    # Images, and the weights that the method begins with; the run keeps a copy: it is the teacher after a resume too.
+    # Load the images and the weights that the method starts from. The run folder keeps a copy of these weights, because
+    # they are the teacher, after a resume too.
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
     classes = len(dataset.classes)
     console.line(
@@ -64,67 +65,63 @@ def main(argv: list[str]) -> None:
         f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}, "
         f"{task.engine} engine"
     )
-    held: Split | None = None
-    if isinstance(method, RiFT):
-        train, held = hold_out(dataset.train, method.held_out, task.seed)
+    held_out = None
+    if method.held_out:
+        train, held_out = hold_out(dataset.train, method.held_out, task.seed)
         dataset = dataclasses.replace(dataset, train=train)
-    loader = loader_of(task, config.sgd.batch_size, dataset, device, console)
-    given = start_of(config, folder, dataset, console)
+    loader = build_loader(task, config.sgd.batch_size, dataset, device, console)
+    weights = starting_weights(config, folder, dataset, console)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
     console.line(f"run folder: {folder}; batches from the {loader.kind} loader")
-    start, origin = given or pretrain(pretraining(config), dataset, console)
-    kept = folder / f"{method.begins}.safetensors"
-    if method.begins != "scratch" and not kept.exists():
-        save_model(kept, start, origin)
+    start, header = weights or pretrain(pretraining(config), dataset, console)
+    copy = folder / f"{method.begins}.safetensors"
+    if method.begins != "scratch" and not copy.exists():
+        save_model(copy, start, header)
     start = start.to(device)
 
-    # Training: what comes out is a plain classifier, and of a disentangled one also what reads its confused features.
-    more: dict[str, Any] = {}
-    if held is not None:
-        tuned, seconds, more["rift"] = rift_by(config, start, held, loader, dataset, folder, console)
-    else:
-        tuned, seconds = train_by(config, start, loader, dataset, folder, console)
-    trained = tuned.merge()
-    save_model(folder / "model.safetensors", trained, about(task, dataset))
+    # Train. `merge` turns the trained model into a plain classifier.
+    trained = build.train(config, start, held_out, loader, dataset, folder, console)
+    classifier = trained.model.merge()
+    save_model(folder / "model.safetensors", classifier, header_for(task, dataset))
 
-    # All models on the same test images.
-    evaluated_from = time.monotonic()
+    # Evaluate all models on the same test images.
+    evaluation_began = time.monotonic()
     attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
     if config.autoattack_n and classes < 4:
         console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
-    evaluated: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    models: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     if method.begins != "scratch":
-        evaluated[method.begins] = start, attacks
-    evaluated[method.label] = trained, attacks
-    if isinstance(tuned, Disentangled):
-        evaluated[f"{method.label}, f2"] = tuned.merge_confused(), ATTACKS[:1]
+        models[method.begins] = start, attacks
+    models[method.label] = classifier, attacks
+    if isinstance(trained.model, Disentangled):
+        models[f"{method.label}, f2"] = trained.model.merge_confused(), ATTACKS[:1]
     results = {
         name: evaluate(
-            net,
+            model,
             dataset.test,
-            under,
+            model_attacks,
             n=config.eval_n,
             autoattack_n=config.autoattack_n,
             seed=task.seed,
             console=console,
             label=name,
         )
-        for name, (net, under) in evaluated.items()
+        for name, (model, model_attacks) in models.items()
     }
-    save_samples(folder / "samples.npz", tuned, dataset.test, config.eval_n, task.seed)
+    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed)
     changed = cli.changes(matched(recipe) if config.matched else recipe, config)
     pretrains = method.begins == "natural" and config.pretrained is None
     summary: dict[str, Any] = {
         "models": results,
         "seconds": {
-            # null for weights of unknown origin
-            "pretraining": 0.0 if method.begins == "scratch" else origin.get("pretraining_seconds"),
-            "finetuning": seconds,
-            "evaluation": time.monotonic() - evaluated_from,
+            # null if nobody knows how long the weights took
+            "pretraining": 0.0 if method.begins == "scratch" else header.get("pretraining_seconds"),
+            "finetuning": trained.seconds,
+            "evaluation": time.monotonic() - evaluation_began,
         },
-        **more,
+        **trained.extra,
         "label": method.label,
         "dataset": {
             "name": dataset.name,
@@ -132,7 +129,7 @@ def main(argv: list[str]) -> None:
             "test": len(dataset.test),
             "classes": dataset.classes,
         },
-        "parameters": {"model": count_parameters(trained), "training": count_parameters(tuned)},
+        "parameters": {"model": count_parameters(classifier), "training": count_parameters(trained.model)},
         "changed": {name: value for name, value in changed.items() if pretrains or not name.startswith("pretrain.")},
         "config": dataclasses.asdict(config),
         **json.loads((folder / "env.json").read_text()),
@@ -143,52 +140,59 @@ def main(argv: list[str]) -> None:
 
 
 def check_for_method(config: TrainConfig) -> None:
-    """UsageError for settings that the method has no use for, or cannot do with, before anything is trained."""
-    method, own = config.method, find_recipe(config.recipe)
+    """Raise UsageError, before anything is trained, for settings that the method does not use or cannot work with."""
+    method, recipe = config.method, find_recipe(config.recipe)
     if method.replays_noise and isinstance(config.attack, PGD) and not config.attack.random_start:
-        raise UsageError(f"attack.random_start: got false, takes true with {method.label}, which replays its noise")
-    if config.attack_bn != "eval" and not (method.adversarial and method.attacks):
-        raise UsageError(f"attack_bn: got {config.attack_bn!r}, takes eval: {method.label} has no attack of that kind")
+        raise UsageError(f"attack.random_start: got false, takes true with {method.label}")
+    if config.attack_bn != "eval" and not (method.adversarial and method.uses_recipe_attack):
+        raise UsageError(
+            f"attack_bn: got {config.attack_bn!r}, takes eval: {method.label} does not use the recipe's attack"
+        )
     if config.attack_bn != "eval" and config.task.engine == "fast":
-        raise UsageError(f"attack_bn: got {config.attack_bn!r}, takes eval with engine fast; reference has both")
-    if config.d2_weight_decay != own.d2_weight_decay and not method.disentangled:
-        raise UsageError(f"d2_weight_decay: {method.label} has no D2; this is a setting of AFD's recipes")
+        raise UsageError(
+            f"attack_bn: got {config.attack_bn!r}, takes eval with engine fast; the reference engine takes both"
+        )
+    if config.d2_weight_decay != recipe.d2_weight_decay and not method.disentangled:
+        raise UsageError(f"d2_weight_decay: {method.label} has no D2; only recipes of AFD have this setting")
 
 
 def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def start_of(
+def starting_weights(
     config: TrainConfig, folder: Path, dataset: Dataset, console: Console
 ) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The weights that the method begins with, and what is known of them; None where they are yet to be pre-trained."""
-    begins, kept = config.method.begins, folder / f"{config.method.begins}.safetensors"
+    """The model that the method starts from, and the header of its file; None if it must be pre-trained first.
+
+    Raises UsageError for weights that the method cannot start from.
+    """
+    begins, copy = config.method.begins, folder / f"{config.method.begins}.safetensors"
     if begins == "scratch":
         if config.pretrained is not None:
             raise UsageError(
-                f"pretrained: got {config.pretrained}, and recipe {config.recipe} begins with fresh weights"
+                f"pretrained: got {config.pretrained}, and recipe {config.recipe} starts from fresh weights"
             )
         return fresh_model(config.task, dataset), {}
-    if kept.exists():
-        return load_model_about(kept)
+    if copy.exists():
+        return load_model_about(copy)
     if config.pretrained is not None:
-        return given_model(config.pretrained, config.task, dataset, console)
+        return pretrained_model(config.pretrained, config.task, dataset, console)
     if begins == "robust":
         raise UsageError(
-            f"pretrained: got none, and recipe {config.recipe} begins with an adversarially trained model,"
+            f"pretrained: got none, and recipe {config.recipe} starts from an adversarially trained model,"
             " such as the run folder of recipe pgd_at"
         )
     return None
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
-    """The config and the run folder that the command line asks for; a resumed run keeps its own."""
-    if "--resume" in argv or any(word.startswith("--resume=") for word in argv):
-        words = argv[0].split("=", 1) + argv[1:]
-        if len(words) != 2 or words[0] != "--resume":
+    """The config and the run folder that the command line asks for; a resumed run keeps its config and folder."""
+    flags, rest = cli.take(argv, "--resume")
+    if flags["--resume"]:
+        if len(flags["--resume"]) > 1 or rest:
             raise UsageError("resume: takes one run folder and no other flag, since a resumed run keeps its settings")
-        folder = Path(words[1]).expanduser()
+        folder = Path(flags["--resume"][0]).expanduser()
         if not (folder / "config.yaml").exists():
             raise UsageError(f"resume: got {folder}, takes a run folder, and this one has no config.yaml")
         return parse(["--config", str(folder / "config.yaml")]), folder
@@ -197,39 +201,35 @@ def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
     name = f"{stamp}-{config.task.dataset}-{config.task.arch}-{config.recipe}"
     folder = config.out or Path("runs") / name
     if (folder / "config.yaml").exists():
-        raise UsageError(f"out: {folder} holds a run already; --resume {folder} goes on with it")
+        raise UsageError(f"out: {folder} already holds a run; --resume {folder} continues it")
     if next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("/")).is_file():
         raise UsageError(f"out: got {folder}, takes a folder, and there is a file of that name")
     return config, folder
 
 
 def pretraining(config: TrainConfig) -> PretrainConfig:
-    """The natural pre-training that a fine-tuning run without given weights begins with."""
+    """The natural pre-training that comes before fine-tuning if `pretrained` is not set."""
     return PretrainConfig(
         task=config.task, sgd=config.pretrain, log_every=config.log_every, save_every=config.save_every
     )
 
 
 def parse(argv: list[str]) -> TrainConfig:
-    """A recipe, named by a flag or else by the --config file, with the other settings put over it."""
-    flag, file = _value(argv, "--recipe"), _value(argv, "--config")
-    named = cli.read_yaml(Path(file)).get("recipe") if file is not None and Path(file).is_file() else None
-    if flag is not None and named is not None and flag != named:
-        raise UsageError(f"recipe: got {flag!r}, and {file} holds the settings of {named!r}; take one of them")
-    base = find_recipe(str(flag or named or "released"))
-    config: TrainConfig = cli.parse(base, argv, prog="fastafd.train", about=__doc__)
-    if config.matched:  # once more, since what was given goes over it
-        config = cli.parse(matched(base), argv, prog="fastafd.train", about=__doc__)
+    """The config: the recipe that `--recipe`, or else the `--config` file, names, changed by the file and the flags."""
+    flags, rest = cli.take(argv, "--recipe", "--config")
+    names = [cli.read_yaml(Path(file)).get("recipe") for file in flags["--config"] if Path(file).is_file()]
+    names = [name for name in names if name is not None] + flags["--recipe"][-1:]
+    if len(set(names)) > 1:
+        got = f"got {names[-1]!r}" if flags["--recipe"] else "got none"
+        raise UsageError(
+            f"recipe: {got}, and {flags['--config'][0]} holds the settings of {names[0]!r}; take one of them"
+        )
+    base = find_recipe(str(names[-1])) if names else find_recipe("released")
+    words = [word for file in flags["--config"] for word in ("--config", file)] + rest
+    config: TrainConfig = cli.parse(base, words, prog="fastafd.train", about=__doc__)
+    if config.matched:  # parse again, because the file and the flags go over the matched recipe
+        config = cli.parse(matched(base), words, prog="fastafd.train", about=__doc__)
     return config
-
-
-def _value(argv: list[str], flag: str) -> str | None:
-    for index, word in enumerate(argv):
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-        if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
 
 
 if __name__ == "__main__":

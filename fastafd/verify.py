@@ -47,7 +47,7 @@ from fastafd.methods import Natural
 from fastafd.models import build_model, check_model
 from fastafd.recipes import RECIPES, find_recipe
 from fastafd.settings import RunError, UsageError, cache_dir, check, choice, number, optional, path, setting, text
-from fastafd.training.build import step_of
+from fastafd.training.build import build_step
 from fastafd.training.engine import Fast
 from fastafd.training.graphs import WARM_UPS
 from fastafd.training.optim import make_sgd
@@ -148,7 +148,7 @@ def recipe_of(name: str) -> TrainConfig:
 
 def _is_verifiable(recipe: TrainConfig) -> bool:
     method = recipe.method
-    return method.adversarial and method.attacks and not method.only_reference
+    return method.adversarial and method.uses_recipe_attack and not method.only_reference
 
 
 def verify(
@@ -165,7 +165,7 @@ def verify(
             task = replace(recipe.task, amp=amp, engine=engine, seed=config.seed)
             augment = Augment(*AUGMENTATION, config.seed)
             start = copy.deepcopy(natural).to(dtype)
-            return step_of(replace(recipe, task=task), start, loader, augment, console)
+            return build_step(replace(recipe, task=task), start, loader, augment, console)
 
         exact = prepared("reference", "fp32", torch.float64)
         compiled = prepared("fast", "fp32", torch.float64)

@@ -41,7 +41,7 @@ from fastafd.data import Augment  # noqa: E402
 from fastafd.models import build_model, split  # noqa: E402
 from fastafd.recipes import released  # noqa: E402
 from fastafd.training import engine  # noqa: E402
-from fastafd.training.build import step_of  # noqa: E402
+from fastafd.training.build import build_step  # noqa: E402
 from fastafd.training.optim import fuse  # noqa: E402
 from fastafd.training.step import TrainStep  # noqa: E402
 from fastafd.training.timing import PhaseTimer  # noqa: E402
@@ -158,7 +158,7 @@ def reference(dtype: torch.dtype) -> dict[str, Tensor]:
     """What the same step of the reference engine leaves."""
     config = replace(CONFIG, task=replace(CONFIG.task, amp="fp32", engine="reference"))
     net = network("", CLASSES, dtype)
-    step = step_of(config, net, range(1), Augment(4, True, 0), Console())
+    step = build_step(config, net, range(1), Augment(4, True, 0), Console())
     step.engine.teacher.load_state_dict(filled(split(network("", CLASSES, dtype)).backbone).state_dict())
     fuse(step.optimizer)  # for momentum from the first step on
     state = state_of(step)

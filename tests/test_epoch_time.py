@@ -147,8 +147,8 @@ def test_steps_of_methods_are_those_of_their_runs(monkeypatch):
     steps = {label: method_step(net, config, loader, "fp32") for label, config in METHODS.items()}
     tuned = [name for name, weight in steps["RiFT"].model.named_parameters() if weight.requires_grad]
     assert tuned == ["layer2.1.conv2.weight"] and all(weight.requires_grad for weight in net.parameters())
-    assert steps["ATAS"].steps == 5 * len(loader) and steps["ARREST"].per_epoch == len(loader)
-    assert {label for label, step in steps.items() if step.taught} == {"vAFT", "AFKD", "ARREST", "AFD"}
+    assert steps["ATAS"].steps == 5 * len(loader) and steps["ARREST"].loader is loader
+    assert {label for label, step in steps.items() if step.has_teacher} == {"vAFT", "AFKD", "ARREST", "AFD"}
     assert [label for label, step in steps.items() if step.ema is not None] == ["AFD"]
     climbing = {label for label, step in steps.items() if step.attack is not None}
     assert climbing == {"PGD-AT", "TRADES", "vAFT", "AFKD", "ARREST", "AFD"}

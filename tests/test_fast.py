@@ -160,7 +160,13 @@ def test_nothing_reads_the_teachers_features_before_its_stream_is_waited_for(rec
         model = fastafd.disentangle(net) if config.method.disentangled else split(net)
         attack = replace(config.attack, steps=2)
         step = TrainStep(
-            model, make_sgd(model, 0.1, 0.9, 0.0), config.method, teacher=net, attack=attack, engine="fast", per_epoch=1
+            model,
+            make_sgd(model, 0.1, 0.9, 0.0),
+            config.method,
+            teacher=net,
+            attack=attack,
+            engine="fast",
+            loader=range(1),
         )
         step.engine.side = side
         with Reads(step.engine) as reads:

@@ -25,7 +25,7 @@ def test_free_at_is_its_transcription():
     sgd = config.sgd
     optimizer = make_sgd(model, 0.0, sgd.momentum, sgd.weight_decay)
     method = type(config.method)(replays=times)
-    step = FreeStep(model, optimizer, method, ball=config.attack, amp="fp32", engine="reference")
+    step = FreeStep(model, optimizer, method, attack=config.attack, amp="fp32", engine="reference")
     total = times * len(data)
     rates = [learning_rate(k, total, sgd.lr, sgd.lr_schedule, sgd.lr_between) for k in range(total)]
     assert rates[0] == 0 and max(rates) == pytest.approx(0.04)
@@ -43,7 +43,7 @@ def test_fgsm_with_grad_align_is_its_transcription():
     model, config = split(literal), find_recipe("fgsm_ga")
     sgd = config.sgd
     optimizer = make_sgd(model, 0.0, sgd.momentum, sgd.weight_decay)
-    step = GradAlignStep(model, optimizer, config.method, ball=config.attack, amp="fp32", engine="reference")
+    step = GradAlignStep(model, optimizer, config.method, attack=config.attack, amp="fp32", engine="reference")
     rates = [learning_rate(k, len(data), sgd.lr, sgd.lr_schedule, sgd.lr_between) for k in range(len(data))]
     for (x, y), rate in zip(data, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -56,9 +56,9 @@ def test_fgsm_with_grad_align_is_its_transcription():
 def test_misalignment_leaves_out_what_has_no_gradient():
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     v = torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 3.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    found = misalignment(u, v)
-    assert float(found.detach()) == pytest.approx((1 + 0) / 2)
-    found.backward()
+    mean = misalignment(u, v)
+    assert float(mean.detach()) == pytest.approx((1 + 0) / 2)
+    mean.backward()
     assert v.grad.isfinite().all() and not v.grad[1].any() and not v.grad[3].any() and v.grad[0].any()
     nothing = misalignment(torch.zeros(2, 3), torch.ones(2, 3))
     assert float(nothing) == 0
@@ -86,7 +86,7 @@ def atas_step(net: nn.Module, loader: Loader, epochs: int, **fields) -> ATASStep
     optimizer = make_sgd(model, 0.1, config.sgd.momentum, config.sgd.weight_decay)
     method = type(config.method)(warm_up=1, redraw_every=3, **fields)
     around = {"augment": Augment(1, True, 0), "amp": "fp32", "engine": "reference"}
-    return ATASStep(model, optimizer, method, ball=config.attack, loader=loader, epochs=epochs, **around)
+    return ATASStep(model, optimizer, method, attack=config.attack, loader=loader, epochs=epochs, **around)
 
 
 def test_atas_is_its_transcription():
@@ -133,7 +133,7 @@ def test_what_outlives_a_batch_is_resumed(kind, tmp_path):
             return atas_step(net, loader, 3)
         model, config = split(net), find_recipe("free_at" if kind == "free" else "fgsm_ga")
         method = type(config.method)(replays=4) if kind == "free" else config.method
-        around = {"augment": Augment(1, True, 0), "amp": "fp32", "engine": "reference", "ball": config.attack}
+        around = {"augment": Augment(1, True, 0), "amp": "fp32", "engine": "reference", "attack": config.attack}
         of = FreeStep if kind == "free" else GradAlignStep
         return of(model, make_sgd(model, 0.05, 0.9, 5e-4), method, **around)
 

@@ -37,7 +37,7 @@ def step_of(recipe: str, net: nn.Module, engine: str = "reference") -> TrainStep
         teacher=net if config.method.begins == "natural" else None,
         attack=config.attack,
         attack_bn=config.attack_bn,
-        per_epoch=1,
+        loader=range(1),
         amp="fp32",
         engine=engine,
     )
@@ -52,7 +52,7 @@ def test_method_is_its_transcription(recipe, engine):
     start = copy.deepcopy(literal)
     step = step_of(recipe, literal, engine)
     for (x, y), epoch in zip(data, EPOCHS, strict=True):
-        step.steps = step.steps if recipe != "arrest" else epoch - 1  # per_epoch is 1
+        step.steps = step.steps if recipe != "arrest" else epoch - 1  # an epoch has one step
         metrics = step(x, y, probe=True)
     transcription = getattr(transcriptions, recipe)
     if recipe == "arrest":
@@ -70,7 +70,7 @@ def test_method_is_its_transcription(recipe, engine):
     assert not torch.allclose(start[-1].weight, literal[-1].weight)
     # With weight decay, of two optimizers that are one here (vaft_d), up to what the released order leaves undefined.
     assert_same(step.averaged().merge(), literal)
-    wanted = {"own_gap_linf", "clean_accuracy"} | ({"gap_linf"} if step.taught else set())
+    wanted = {"own_gap_linf", "clean_accuracy"} | ({"gap_linf"} if step.has_teacher else set())
     assert (
         wanted <= metrics.keys()
     )  # the distance from natural features, whether or not a method looks at them (Fig. 1a)

@@ -15,7 +15,7 @@ from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
 from fastafd.kernels.lazy import OPERATIONS
 from fastafd.settings import RunError, UsageError
-from fastafd.training.build import step_of
+from fastafd.training.build import build_step
 from fastafd.verification.certificate import (
     LIMITS,
     Distances,
@@ -159,13 +159,13 @@ def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, amp, 
     fast = []
 
     def recorded(*operands):
-        step = step_of(*operands)
+        step = build_step(*operands)
         if step.fast:
             fast.append(step)
             step._replay(graphs(step))
         return step
 
-    monkeypatch.setattr(verify, "step_of", recorded)
+    monkeypatch.setattr(verify, "build_step", recorded)
     with uncompiled():
         found = certificate(*SMALL, "--amp", amp)
     (unreplayed,) = [row for row in found["rows"] if row["quantity"] == "steps that were not replayed"]

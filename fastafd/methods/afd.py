@@ -1,4 +1,4 @@
-"""AFD: adversarial fine-tuning via disentanglement (Eq. 1 to 6); the losses are `fastafd.kernels.afd_loss`."""
+"""AFD: adversarial fine-tuning via disentanglement (Eq. 1 to 6). `fastafd.kernels.afd_loss` computes the losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AFD(Method):
     alpha: float = setting(0.05, "weight of L1, the confused features' cross-entropy", number(0))
     beta: float = setting(0.25, "weight of L2, which drives f1 away from f2", number(0))
     gamma: float = setting(25.0, "weight of the angular distance between f1 and the teacher's features", number(0))
-    classifier_alpha: float = setting(0.0, "how much of L1's gradient the classifier gets too", number(0))
+    classifier_alpha: float = setting(0.0, "share of L1's gradient that the classifier gets too", number(0))
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,8 +1,8 @@
 """ARREST: AFKD with noisy replay (Suzuki et al., ICCV 2023, arXiv 2308.16454), as the AFD authors' ARREST.py has it.
 
-In the first epochs a batch is not attacked but gets uniform noise where the student's features of the clean images have
-turned away from the teacher's by an angle or more: 1 - mean cos(g_P(x), g(x)) >= 1 - cos(angle), student in eval mode.
-The attack is made for every batch and one of the two taken, so that nothing waits for the device.
+In the first epochs, a batch gets uniform noise instead of the attack if the student's features of the clean images have
+turned away from the teacher's by the angle or more: 1 - mean cos(g_P(x), g(x)) >= 1 - cos(angle), the student in eval
+mode. Every batch is attacked, and then one of the two is taken, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from fastafd.settings import number, setting
 
 @dataclass(frozen=True)
 class ARREST(AFKD):
+    """AFKD, with noise instead of the attack in some batches of the first epochs."""
+
     label: ClassVar[str] = "ARREST"
     replays_noise: ClassVar[bool] = True
 
     replay_angle: float = setting(
-        30.0, "degrees between features and the teacher's that call for noise", number(0, 180)
+        30.0, "degrees between the features and the teacher's from which on a batch gets noise", number(0, 180)
     )
-    replay_epochs: int = setting(10, "first epochs, in which noise may take the attack's place", number(0, whole=True))
+    replay_epochs: int = setting(
+        10, "first epochs, in which a batch may get noise instead of the attack", number(0, whole=True)
+    )
 
     def replay(self, batch: Batch, noise: Tensor, features: Tensor, epoch: Tensor) -> Tensor:
         assert batch.teacher_features is not None

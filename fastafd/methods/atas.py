@@ -1,13 +1,13 @@
-"""ATAS (Huang et al., arXiv 2206.02417): one step from the perturbation that an image had before, of adaptive length.
+"""ATAS (Huang et al., arXiv 2206.02417): one step of adaptive length from the perturbation that an image had before.
 
-Every training image i has a perturbation on its zero-padded pixels, which is cropped and flipped with it, and a mean
-v_i of its squared gradients' lengths:
+Every training image i has a perturbation of its zero-padded pixels, which is cropped and flipped with the image, and a
+running mean v_i of the squared length of its gradient:
 
     v_i <- decay v_i + (1 - decay) |grad|^2    a_i = clip(16/255 / (1 + sqrt(v_i) / c), low, high)
 
 The gradient is that of the batch mean, in eval mode; v has no other scale. Read from HuangZhiChao95/ATAS, ATAS.py,
 adv_attack.py and data_aug.py (its CIFAR branch): in the first epochs the step is eps and v stays 0; the padding is
-perturbed too; what lies outside the crop is kept; all perturbations are drawn anew every tenth epoch.
+perturbed too; the perturbation outside the crop is kept; all perturbations are drawn anew every tenth epoch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastafd.methods.pgd_at import PGDAT
+from fastafd.methods.base import Batch, Loss, Method, attacked_cross_entropy
 from fastafd.settings import check, number, pixels, setting
 
 
 @dataclass(frozen=True)
-class ATAS(PGDAT):
+class ATAS(Method):
+    """The loss of PGD-AT. The attack is `fastafd.training.fast_at.ATASStep`."""
+
     label: ClassVar[str] = "ATAS"
-    attacks: ClassVar[bool] = False
+    begins: ClassVar[str] = "scratch"
+    uses_recipe_attack: ClassVar[bool] = False
     only_reference: ClassVar[str] = "it keeps a perturbation of every image"
 
     step_c: float = setting(0.01, "c, the length of a gradient that halves the step", number(1e-12))
@@ -38,17 +41,23 @@ class ATAS(PGDAT):
     def __post_init__(self) -> None:
         check(self)
 
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return attacked_cross_entropy(model, batch)
+
     def mean_square(self, v: Tensor, gradient: Tensor) -> Tensor:
-        """v (B,) moved towards the squared lengths of the gradients (B,3,H,W)."""
+        """The running means v (B,) after this batch's gradients (B,3,H,W)."""
         return self.step_decay * v + (1 - self.step_decay) * gradient.flatten(1).square().sum(1)
 
     def step_sizes(self, v: Tensor) -> Tensor:
-        """(B,) -> (B,1,1,1), in pixels of [0,1]."""
+        """The length of each image's step in pixels of [0,1], from its v: (B,) -> (B,1,1,1)."""
         return (2 * 8 / 255 / (1 + v.sqrt() / self.step_c)).clamp(self.step_low, self.step_high)[:, None, None, None]
 
 
 def window(offsets: Tensor, flips: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the crops in padded images (B,C,S,S): image, row and column, which broadcast to (B,side,side)."""
+    """Indices that cut the crops out of padded images (B,C,S,S).
+
+    Image, row, column; they broadcast to (B,side,side).
+    """
     along = torch.arange(side, device=offsets.device)
     rows = offsets[:, :1] + along
     columns = offsets[:, 1:] + torch.where(flips[:, None], side - 1 - along, along)

@@ -1,4 +1,4 @@
-"""What a method is: frozen hyper-parameters and a loss."""
+"""What a method is: frozen hyper-parameters, a few facts, and a loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """x (B,3,H,W): the clean images as they were augmented; x_adv: the attacked ones (x where a method attacks none).
+    """The tensors that a loss is computed from.
 
-    y (B,) int64. teacher_features (B,D): the frozen natural model's features of x, for a method that `uses_teacher`.
+    x (B,3,H,W): the clean images after augmentation, in [0,1]. x_adv (B,3,H,W): the attacked images; equal to x for a
+    method that attacks none. y (B,): int64 labels. teacher_features (B,D): the frozen natural model's features of x;
+    None unless the method has `uses_teacher`.
     """
 
     x: Tensor
@@ -22,7 +24,11 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`total` is differentiable; `terms` are detached scalars by name; `logits` (B,C) of the trained path, detached."""
+    """What a loss function returns.
+
+    total (): differentiable. terms: the parts of the total by name, detached (). logits (B,C): the model's output for
+    the images that it trains on, detached.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -30,28 +36,55 @@ class Loss(NamedTuple):
 
 
 class Method:
-    """The base of every method: a frozen dataclass of hyper-parameters, these facts and one function."""
+    """Base class of all methods: a frozen dataclass of hyper-parameters, the facts below, and `loss`.
 
-    label: ClassVar[str]  # what tables call a model that it trained
-    begins: ClassVar[str] = "natural"  # with which weights: "natural", "scratch", or "robust" (adversarially trained)
-    adversarial: ClassVar[bool] = True  # trains on attacked images
-    attacks: ClassVar[bool] = True  # by the attack of its recipe; else it perturbs images in a way of its own
-    uses_teacher: ClassVar[bool] = False  # needs the frozen natural model's features of the clean images
-    disentangled: ClassVar[bool] = False  # trains fastafd.disentangle(net), the others fastafd.models.split(net)
-    replays_noise: ClassVar[bool] = False  # some batches get noise in the place of the attack: `replay` says which
-    only_reference: ClassVar[str] = ""  # why the fast engine does not run it, if it does not
+    label: the method's name in tables.
+    begins: the weights that training starts from: "natural" (a naturally trained model), "scratch" (fresh weights) or
+        "robust" (an adversarially trained model).
+    adversarial: True if it trains on attacked images, False if on clean ones.
+    uses_recipe_attack: True if the recipe's attack makes those images, False if the method's step makes them itself.
+    uses_teacher: True if the loss reads the frozen natural model's features of the clean images.
+    disentangled: True if it trains `fastafd.disentangle(net)`, False if it trains `fastafd.models.split(net)`.
+    replays_noise: True if some batches get the attack's start noise instead of the attack; `replay` decides which.
+    only_reference: why the fast engine cannot run the method; empty if it can.
+    held_out: how many training images are kept out of the training, for choices; 0 for most methods.
+    """
+
+    label: ClassVar[str]
+    begins: ClassVar[str] = "natural"
+    adversarial: ClassVar[bool] = True
+    uses_recipe_attack: ClassVar[bool] = True
+    uses_teacher: ClassVar[bool] = False
+    disentangled: ClassVar[bool] = False
+    replays_noise: ClassVar[bool] = False
+    only_reference: ClassVar[str] = ""
+    held_out: int = 0
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The model is in train mode (BatchNorm)."""
+        """The loss of a batch. The model is in train mode (BatchNorm)."""
         raise NotImplementedError
 
     def replay(self, batch: Batch, noise: Tensor, features: Tensor, epoch: Tensor) -> Tensor:
-        """The images to train on: batch.x_adv or others. features (B,D): of x, in eval mode; epoch: () from 1."""
+        """The images to train on: `batch.x_adv`, or clean images with noise.
+
+        noise (B,3,H,W): the attack's start. features (B,D): the student's features of x in eval mode. epoch (): int64,
+        counted from 1.
+        """
         raise NotImplementedError
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Loss:
-    """The mean cross-entropy of (B,C) logits and (B,) int64 labels, in fp32 at least, as a method's whole loss."""
+    """The mean cross-entropy of logits (B,C) and labels (B,), computed in fp32 or wider, as the whole loss."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, y)
     return Loss(total, {"cross_entropy": total.detach()}, logits.detach())
+
+
+def attacked_cross_entropy(model: nn.Module, batch: Batch) -> Loss:
+    """The mean cross-entropy on the attacked images: the loss of plain adversarial training."""
+    return cross_entropy(model(batch.x_adv), batch.y)
+
+
+def clean_cross_entropy(model: nn.Module, batch: Batch) -> Loss:
+    """The mean cross-entropy on the clean images: the loss of natural training."""
+    return cross_entropy(model(batch.x), batch.y)

@@ -7,14 +7,16 @@ from typing import ClassVar
 
 from torch import nn
 
-from fastafd.methods.base import Batch, Loss, Method, cross_entropy
+from fastafd.methods.base import Batch, Loss, Method, clean_cross_entropy
 
 
 @dataclass(frozen=True)
 class Natural(Method):
+    """Training on clean images from fresh weights. It has no hyper-parameters."""
+
     label: ClassVar[str] = "natural"
     begins: ClassVar[str] = "scratch"
     adversarial: ClassVar[bool] = False
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        return cross_entropy(model(batch.x), batch.y)
+        return clean_cross_entropy(model, batch)

@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastafd.methods.natural import Natural
+from torch import nn
+
+from fastafd.methods.base import Batch, Loss, Method, clean_cross_entropy
 from fastafd.settings import check, number, setting
 
 
 @dataclass(frozen=True)
-class RiFT(Natural):
+class RiFT(Method):
+    """The loss of natural training, for one module of a robust model."""
+
     label: ClassVar[str] = "RiFT"
     begins: ClassVar[str] = "robust"
+    adversarial: ClassVar[bool] = False
 
     held_out: int = setting(
         1000, "training images, class-balanced, that choose module and mixture", number(1, whole=True)
@@ -27,3 +32,6 @@ class RiFT(Natural):
 
     def __post_init__(self) -> None:
         check(self)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return clean_cross_entropy(model, batch)

@@ -1,8 +1,8 @@
 """TRADES (Zhang et al., arXiv 1901.08573): CE(h(x), y) + beta KL(p(x) || p(x')), x' from the attack on the KL.
 
-Clean and attacked images are two passes in train mode, each with its own batch statistics. The released code passes the
-clean images a second time for the KL's p(x): the same value and gradient, but BatchNorm's running statistics move once
-more there.
+The clean and the attacked images go through the model in two passes in train mode, each with its own batch statistics.
+The released code passes the clean images a second time for the KL's p(x). The value and the gradient are the same, but
+BatchNorm's running statistics move once more there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from fastafd.settings import check, number, setting
 
 @dataclass(frozen=True)
 class TRADES(Method):
+    """The cross-entropy on clean images, and the divergence of the attacked predictions from the clean ones."""
+
     label: ClassVar[str] = "TRADES"
     begins: ClassVar[str] = "scratch"
 
@@ -29,7 +31,7 @@ class TRADES(Method):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         clean, attacked = model(batch.x), model(batch.x_adv)
-        found = cross_entropy(clean, batch.y)
+        classification = cross_entropy(clean, batch.y)
         divergence = kl_loss(attacked, clean)
-        terms = found.terms | {"divergence": divergence.detach()}
-        return Loss(found.total + self.kl_weight * divergence, terms, attacked.detach())
+        terms = classification.terms | {"divergence": divergence.detach()}
+        return Loss(classification.total + self.kl_weight * divergence, terms, attacked.detach())

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from fastafd.methods.base import Batch, Loss, Method, cross_entropy
+from fastafd.methods.base import Batch, Loss, Method, attacked_cross_entropy
 
 
 @dataclass(frozen=True)
 class VAFT(Method):
-    """PGD adversarial training that begins with a natural model. It has no hyper-parameters of its own."""
+    """PGD adversarial training that starts from a natural model. It has no hyper-parameters."""
 
     label: ClassVar[str] = "vAFT"
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        return cross_entropy(model(batch.x_adv), batch.y)
+        return attacked_cross_entropy(model, batch)

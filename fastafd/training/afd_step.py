@@ -1,4 +1,4 @@
-"""The AFD step that any loop may import: a recipe's, on the user's own model, teacher and optimizer."""
+"""The AFD step for any training loop: a recipe's step on the user's model, teacher and optimizer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from fastafd.training.step import TrainStep
 
 
 class AFDStep(TrainStep):
-    """The AFD step for any loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
+    """The AFD step for any training loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
 
-    model: `fastafd.disentangle(net)`; teacher: the natural classifier that `net` started from, frozen here as a copy;
-    optimizer: over model.parameters(), D2 best in a group of its own (`fastafd.make_sgd`).
-    recipe: a name or a config; `attack` replaces its attack, and any field that a step has (alpha=, beta=, gamma=,
-    classifier_alpha=, eps=, step_size=, steps=, random_start=, attack_bn=, ema_decay=, seed=) overrides it.
+    model: `fastafd.disentangle(net)`.
+    teacher: the natural classifier that `net` started from; the step makes a frozen copy of it.
+    optimizer: over model.parameters(); `fastafd.make_sgd` gives D2 its own weight decay, as the recipes do.
+    recipe: the name of a recipe, or a config. `attack` replaces the recipe's attack, and a keyword replaces a field:
+    alpha, beta, gamma, classifier_alpha, eps, step_size, steps, random_start, attack_bn, ema_decay, seed.
     amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
-    engine: "fast" (compiled, the attack on a BN-folded snapshot, on CUDA one graph a step), "reference" (plain
-    PyTorch), or "auto": fast on CUDA. The fast engine makes an SGD optimizer a fused one, and its rates tensors; weight
-    decay and momentum are those of the first steps. It puts weights that are not channels_last into that layout, in
-    place, and says so. A batch of another shape is compiled anew.
+    engine: "fast" (compiled, the attack on a snapshot with folded BatchNorms, on CUDA one graph a step), "reference"
+    (plain PyTorch), or "auto": fast on CUDA, reference on a CPU.
+
+    The fast engine turns an SGD optimizer into a fused one and its learning rates into tensors; the weight decay and
+    the momentum of the first steps stay in use. It puts weights that are not channels_last into that layout, in place,
+    and says so. It compiles anew for each shape of a batch.
     `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
     Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
     """
@@ -56,11 +59,12 @@ class AFDStep(TrainStep):
         if attack is None:
             assert isinstance(config.attack, PGD)
             attack = config.attack
-        own: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay, "seed": config.task.seed}
+        of_step: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay}
+        of_step["seed"] = config.task.seed
         of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
         for name in fields:
-            if name not in (*of_method, *of_attack, *own):
-                raise unknown("AFDStep", name, [*of_method, *of_attack, *own])
+            if name not in (*of_method, *of_attack, *of_step):
+                raise unknown("AFDStep", name, [*of_method, *of_attack, *of_step])
         super().__init__(
             model,
             optimizer,
@@ -71,11 +75,11 @@ class AFDStep(TrainStep):
             engine=engine,
             augment=augment,
             console=console,
-            **own | {name: fields[name] for name in fields if name in own},
+            **of_step | {name: fields[name] for name in fields if name in of_step},
         )
 
     def averaged(self) -> Disentangled:
-        """The weight average, to be evaluated or merged."""
+        """The model to evaluate or merge: the weight average, or the model itself if `ema_decay` is 0."""
         model = super().averaged()
         assert isinstance(model, Disentangled)
         return model

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model, BatchNorm's running statistics included."""
+"""The exponential moving average of a model's weights and of BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 def ema_decay(t: int, limit: float) -> float:
-    """The decay of update t (counted from 0): min(limit, (1+t)/(10+t)). Source: the released AFD code."""
+    """The decay of update t, counted from 0: min(limit, (1+t)/(10+t)). Source: the released AFD code."""
     return min(limit, (1 + t) / (10 + t))
 
 
 class EMA:
-    """`module` is the average of `model`: parameters and floating buffers averaged, integer buffers copied."""
+    """`module` is the average of `model`: parameters and floating buffers are averaged, integer buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -27,14 +27,17 @@ class EMA:
         self._counts = [(m, p) for m, p in zip(mean, live, strict=True) if not p.is_floating_point()]
 
     def advance(self) -> float:
-        """Count an update; returns how far this one moves towards the model."""
+        """Count an update; returns the share by which it moves the average towards the model."""
         weight = 1 - ema_decay(self.updates, self.decay)
         self.updates += 1
         return weight
 
     @torch.no_grad()
     def move(self, weight: float | Tensor) -> None:
-        """Move towards the model, once a step, after the optimizer. weight: a number, or a tensor () on the device."""
+        """Move the average towards the model; call it once a step, after the optimizer.
+
+        weight: the share to move by, a number or a tensor () on the device.
+        """
         torch._foreach_lerp_([m for m, _ in self._floats], [p.detach() for _, p in self._floats], weight)  # type: ignore[arg-type]
         if self._counts:
             torch._foreach_copy_([m for m, _ in self._counts], [p for _, p in self._counts])

@@ -1,12 +1,12 @@
-"""The parts of a step that cost time, as PyTorch runs them (Reference) and compiled (Fast).
+"""The expensive parts of a step, in plain PyTorch (`Reference`) and compiled (`Fast`).
 
-Both have the same four, and a step puts them together in one order: the teacher's features, the attack, the loss, and
+Both engines have the same parts, which the step calls in one order: the teacher's features, the attack, the loss, and
 the features in eval mode that a probe measures.
 
-The fast parts: PGD runs on a BN-folded snapshot of the student that is refreshed once a step, and forms the gradient of
-the input alone; one of its iterations is compiled, gradient included, and looped. The teacher is a snapshot that never
-changes. The update is the model itself in train mode. Attack and update are two compiled functions, and no module is
-switched between the modes.
+The fast engine runs PGD on a snapshot of the student whose BatchNorms are folded into its convolutions. The snapshot is
+refreshed once a step, and only the gradient of the input is computed; one PGD iteration, gradient included, is compiled
+and called in a loop. The teacher is a snapshot that never changes. The update uses the model itself in train mode.
+Attack and update are two compiled functions, and no module is switched between train and eval mode.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fastafd.settings import UsageError, cache_dir, unknown
 from fastafd.training.ema import EMA
 
 ENGINES = ("reference", "fast")
-# Inductor's options for functions of many small passes: those that do not need each other become one launch. Passes
-# that sum are left alone; the limits are those of newer versions of PyTorch.
+# Inductor's options for functions of many small kernels: kernels that do not depend on each other become one launch.
+# Reductions are left alone; the limits are the defaults of newer versions of PyTorch.
 COMBINED = {
     "combo_kernels": True,
     "combo_kernels_pointwise_only": True,
@@ -44,41 +44,41 @@ COMBINED = {
 
 
 class Engine(Protocol):
-    """x, x_adv (B,3,H,W) in [0,1]; y (B,) int64; features (B,D)."""
+    """What a step needs from an engine. Shapes: x, x_adv, noise (B,3,H,W), in [0,1]; y (B,) int64; features (B,D)."""
 
-    amp: torch.dtype | None  # of the forward passes; None: the weights' own
+    amp: torch.dtype | None  # autocast type of the forward passes; None: the weights' type, without autocast
 
     def launching(self) -> AbstractContextManager[None]:
-        """Stands around a whole step: which kernels it may launch."""
+        """The context of a whole step: it decides which kernels the step may launch."""
         ...
 
     def teacher_features(self, x: Tensor) -> Tensor:
-        """To be read after `join`."""
+        """The teacher's features of x (B,D). Call `join` before reading them."""
         ...
 
     def join(self) -> None:
-        """Let what comes wait for the teacher, if that has been called."""
+        """Let later work wait for the teacher's features, if they were asked for."""
         ...
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        """x_adv of the attack on the f1 path, in eval mode (BatchNorm)."""
+        """x_adv: the attack on the f1 path, BatchNorm in eval mode."""
         ...
 
     def loss(self, batch: Batch) -> Loss:
-        """The method's loss in train mode (BatchNorm)."""
+        """The method's loss, BatchNorm in train mode."""
         ...
 
     def average(self, weight: float | Tensor) -> None:
-        """Move the weight average, if there is one."""
+        """Move the weight average towards the model, if there is one."""
         ...
 
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The features f1 (B,D) and their logits (B,C) in eval mode, of the weights before the update."""
+        """The features f1 (B,D) and their logits (B,C), in eval mode, with the weights before the update."""
         ...
 
 
 class Reference:
-    """The parts in plain PyTorch."""
+    """The engine in plain PyTorch."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Reference:
         self.device, self.amp = next(model.parameters()).device, AMP[amp]
 
     def launching(self) -> AbstractContextManager[None]:
-        """The references of all operations, on CUDA too, so that the fast engine is compared with plain PyTorch."""
+        """Run the eager reference of every operation, on CUDA too: the fast engine is compared with plain PyTorch."""
         return references()
 
     def teacher_features(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Reference:
             return self.teacher(x)
 
     def join(self) -> None:
-        """The teacher is done when it returns."""
+        """Nothing to wait for: `teacher_features` runs on the current stream."""
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
         assert self.attack is not None
@@ -132,12 +132,12 @@ class Reference:
 
 
 class Fast:
-    """The parts compiled; `teacher` and the attack on snapshots."""
+    """The engine whose parts are compiled; the teacher and the attack run on snapshots."""
 
     snapshot: Snapshot | None = None
-    choice: Choice | None = None  # of the forms of the snapshot's convolutions
-    side: torch.cuda.Stream | None = None  # the teacher's, on CUDA
-    _teaching = False  # whether something runs there that has to be waited for
+    choice: Choice | None = None  # chooses the forms of the snapshot's convolutions
+    side: torch.cuda.Stream | None = None  # the teacher's stream, on CUDA
+    _teaching = False  # True while the side stream may have work that `join` must wait for
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Fast:
                     f"the fast engine attacks fastafd.disentangle(net) or fastafd.models.split(net),"
                     f" not {type(model).__name__}"
                 )
-            if type(attack) not in (PGD, KLPGD):  # another class may climb along something else
+            if type(attack) not in (PGD, KLPGD):  # another class may climb another gradient
                 raise UsageError(f"attack: {type(attack).__name__} takes engine reference; fast has PGD and KLPGD")
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
@@ -179,12 +179,12 @@ class Fast:
                 Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
             )
         self._f1: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-        if self.snapshot is not None:  # in every step, or in a probe now and then
+        if self.snapshot is not None:  # compiled if every step calls it, eager if only a probe does
             always = method.replays_noise or isinstance(attack, KLPGD)
             self._f1 = Compiled("f1", self.snapshot.f1, console) if always else self.snapshot.f1
         self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
-        if ema is not None:  # on a CPU it is one call already
+        if ema is not None:  # on a CPU the eager average is one call already
             self._average = (
                 Compiled("the average", ema.move, console, options=COMBINED) if self.device.type == "cuda" else ema.move
             )
@@ -195,7 +195,7 @@ class Fast:
         return algorithms_by_trial()
 
     def teacher_features(self, x: Tensor) -> Tensor:
-        """Beside the attack: on CUDA on a stream of its own, which the current one waits for in `join`."""
+        """The teacher's features, on CUDA on a side stream, so that they are computed beside the attack."""
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
             self._teaching = True
@@ -221,14 +221,14 @@ class Fast:
         return self._loss(batch)
 
     def join(self) -> None:
-        """Let the current stream wait for the teacher."""
+        """Let the current stream wait for the teacher's stream."""
         if self.side is not None and self._teaching:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
             self._teaching = False
 
     def average(self, weight: float | Tensor) -> None:
         if isinstance(self._average, Compiled) and not isinstance(weight, Tensor):
-            # A number would be compiled anew in every step.
+            # A Python number would make Dynamo compile anew in every step.
             weight = torch.full((), weight, dtype=self.weights, device=self.device)
         if self._average is not None:
             self._average(weight)
@@ -245,9 +245,9 @@ class Fast:
 
 
 class Compiled:
-    """A function compiled as one graph for each shape that it is called with.
+    """A function that is compiled as one graph for each shape that it is called with.
 
-    Where that cannot be done a line says why, and it is compiled in pieces, or with `in_pieces` false not at all.
+    If that fails, one line says why. Then the function is compiled in pieces, or, with `in_pieces` False, runs eagerly.
     """
 
     def __init__(
@@ -258,14 +258,14 @@ class Compiled:
         in_pieces: bool = True,
         options: dict[str, Any] | None = None,
     ):
-        """options: Inductor's; those that this version of PyTorch does not have are left out."""
+        """options: Inductor's options; those that this version of PyTorch does not have are left out."""
         self.name, self.original, self.console, self.in_pieces = name, function, console, in_pieces
         known = torch._inductor.list_options() if options else []
         self.options = options = {key: value for key, value in (options or {}).items() if key in known}
         self.function = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *inputs: Any) -> Any:
-        # A recompile is one for each step object in the process and for each shape, not for each call.
+        # Dynamo counts one cache entry per step object and shape; its default limit of 8 is too low.
         with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
             try:
                 return self.function(*inputs)
@@ -279,7 +279,10 @@ class Compiled:
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
-    """ "fast" or "reference"; "auto" is fast on CUDA, reference on a CPU, where compiling takes about a minute."""
+    """The engine, "fast" or "reference".
+
+    "auto" is fast on CUDA and reference on a CPU, where compiling takes a minute.
+    """
     if engine == "auto":
         return "fast" if device.type == "cuda" else "reference"
     if engine not in ENGINES:
@@ -288,7 +291,7 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 
 
 def engine_of(method: Method, engine: str, device: torch.device, console: Console) -> str:
-    """`resolve_engine`, and a line where the method has only the reference."""
+    """`resolve_engine` for a method. If the method runs on the reference engine alone, a line says so."""
     resolved = resolve_engine(engine, device)
     if resolved == "fast" and method.only_reference:
         console.line(f"{method.label} runs uncompiled, on the reference engine: {method.only_reference}")
@@ -297,10 +300,10 @@ def engine_of(method: Method, engine: str, device: torch.device, console: Consol
 
 
 def keep_compiled(device: torch.device) -> Path:
-    """Let the compilers keep what they make in the cache folder, from one run to the next; returns the folder.
+    """Let the compilers keep their results in the cache folder from one run to the next; returns that folder.
 
-    There is a folder for each PyTorch, CUDA, Triton and GPU; inside it the compilers tell configurations apart by the
-    code that they compile. A folder that the environment names already (TORCHINDUCTOR_CACHE_DIR) is left as it is.
+    Each combination of PyTorch, CUDA, Triton and GPU has its own folder. If the environment already names a folder
+    (TORCHINDUCTOR_CACHE_DIR), that one is used.
     """
     folder = cache_dir() / "compiled" / re.sub(r"[^A-Za-z0-9.]+", "-", machine(device))
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir

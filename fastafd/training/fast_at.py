@@ -1,7 +1,9 @@
-"""The steps of the fast adversarial training methods, each with an attack of its own: Free-AT, FGSM-GA and ATAS.
+"""The steps of the fast adversarial training methods, which make their attacked images themselves: Free-AT, FGSM-GA,
+ATAS.
 
-They run on the reference engine: one keeps a perturbation from batch to batch, one differentiates a gradient, one keeps
-a perturbation of every training image. What they keep is part of their state, so that they too resume step-exactly.
+They run on the reference engine: Free-AT keeps a perturbation from batch to batch, FGSM-GA differentiates a gradient,
+ATAS keeps a perturbation of every training image. Perturbations are part of the step's state, so a resumed run is
+exact.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from fastafd.training.step import Inputs, TrainStep
 
 
 class Replayed(Loader):
-    """Every batch of `loader` several times in a row."""
+    """A loader that delivers every batch of `loader` several times in a row."""
 
     def __init__(self, loader: Loader, times: int):
+        super().__init__(loader.n, loader.batch_size, loader.seed, drop_last=True, device=loader.device)
         self.kind, self.loader, self.times = loader.kind, loader, times
-        self.n, self.batch_size, self.seed, self.device = loader.n, loader.batch_size, loader.seed, loader.device
         self.batches = times * len(loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Batches:
@@ -43,15 +45,20 @@ class Replayed(Loader):
 
 
 class FreeStep(TrainStep):
-    """A pass of Free-AT; its loader is `Replayed`. The crop and flip of a batch's first pass are those of all."""
+    """One pass of Free-AT over a batch. All passes over a batch share the crop and the flip of the first one."""
 
     method: FreeAT
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: FreeAT, *, ball: Ball, **more: Any):
-        super().__init__(model, optimizer, method, **more)
-        self.eps = ball.eps
-        self.delta: Tensor | None = None
-        self.drawn: tuple[Tensor | None, Tensor | None] = None, None
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: FreeAT, *, attack: Ball, **rest: Any
+    ):
+        super().__init__(model, optimizer, method, attack=attack, **rest)
+        self.eps = attack.eps
+        self.delta: Tensor | None = None  # (B,3,H,W)
+        self.drawn: tuple[Tensor | None, Tensor | None] = None, None  # offsets and flips of the batch's first pass
+
+    def feed(self, loader: Loader) -> Loader:
+        return Replayed(loader, self.method.replays)
 
     def _inputs(self, x: Tensor, y: Tensor) -> Inputs:
         x, y, offsets, flips, noise, epoch = super()._inputs(x, y)
@@ -76,22 +83,22 @@ class FreeStep(TrainStep):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         offsets, flips = state["drawn"]
-        self.delta, self.drawn = self._here(state["delta"]), (self._here(offsets), self._here(flips))
+        self.delta, self.drawn = self._on_device(state["delta"]), (self._on_device(offsets), self._on_device(flips))
 
-    def _here(self, tensor: Tensor | None) -> Tensor | None:
+    def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device)
 
 
 class GradAlignStep(TrainStep):
-    """A step of FGSM with gradient alignment, BatchNorm in train mode throughout: at x, at x + delta, at x + eta."""
+    """A step of FGSM with gradient alignment. BatchNorm is in train mode in all passes: at x, x + delta and x + eta."""
 
     method: GradAlign
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: GradAlign, *, ball: Ball, **more: Any
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: GradAlign, *, attack: Ball, **rest: Any
     ):
-        super().__init__(model, optimizer, method, **more)
-        self.eps = ball.eps
+        super().__init__(model, optimizer, method, attack=attack, **rest)
+        self.eps = attack.eps
 
     def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
         self.model.train()
@@ -102,23 +109,24 @@ class GradAlignStep(TrainStep):
 
     def _loss(self, batch: Batch) -> Loss:
         out = super()._loss(batch)
-        aside = (batch.x + linf_noise(batch.x, self.eps, self.generator)).requires_grad_()  # not clipped to [0,1]
+        noisy = (batch.x + linf_noise(batch.x, self.eps, self.generator)).requires_grad_()  # not clipped to [0,1]
         with autocast(self.device, self.engine.amp):
-            logits = self.model(aside)
+            logits = self.model(noisy)
             summed = F.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.y, reduction="sum"
             )
-            (gradient,) = torch.autograd.grad(summed, aside, create_graph=True)
-        turned = misalignment(self.gradient, gradient)
+            (gradient,) = torch.autograd.grad(summed, noisy, create_graph=True)
+        penalty = misalignment(self.gradient, gradient)
         return out._replace(
-            total=out.total + self.method.align_weight * turned, terms=out.terms | {"misalignment": turned.detach()}
+            total=out.total + self.method.align_weight * penalty, terms=out.terms | {"misalignment": penalty.detach()}
         )
 
 
 class ATASStep(TrainStep):
-    """A step of ATAS. Which images a batch holds is known from the loader's order."""
+    """A step of ATAS. The loader's order says which images a batch holds."""
 
     method: ATAS
+    loader: Loader
 
     def __init__(
         self,
@@ -126,16 +134,16 @@ class ATASStep(TrainStep):
         optimizer: torch.optim.Optimizer,
         method: ATAS,
         *,
-        ball: Ball,
+        attack: Ball,
         loader: Loader,
         epochs: int,
-        **more: Any,
+        **rest: Any,
     ):
-        super().__init__(model, optimizer, method, **more)
-        self.eps, self.loader, self.epochs = ball.eps, loader, epochs
-        self.deltas: Tensor | None = None  # (N,3,H+2p,W+2p)
+        super().__init__(model, optimizer, method, attack=attack, loader=loader, **rest)
+        self.eps, self.epochs = attack.eps, epochs
+        self.deltas: Tensor | None = None  # (N,3,H+2p,W+2p), p pixels of padding
         self.squares = torch.zeros(loader.n, dtype=next(model.parameters()).dtype, device=self.device)  # v
-        self._order = -1, torch.empty(0)  # an epoch and its order, on the device
+        self._order = -1, torch.empty(0)  # the number of an epoch, and its order (N,) on the device
 
     def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
         _, y, offsets, flips, *_ = inputs
@@ -148,7 +156,7 @@ class ATASStep(TrainStep):
             self.deltas = linf_noise(like, self.eps, self.generator)
         if self._order[0] != epoch:
             order = epoch_order(self.loader.n, self.loader.seed, epoch)
-            self._order = epoch, torch.from_numpy(order).to(x.device)  # waits for the device, once an epoch
+            self._order = epoch, torch.from_numpy(order).to(x.device)  # the copy waits for the device, once an epoch
         first = batch * self.loader.batch_size
         images = self._order[1][first : first + len(x)]
         _, rows, columns = window(offsets, flips, x.shape[2])
@@ -168,6 +176,7 @@ class ATASStep(TrainStep):
         return x_adv
 
     def _redraws(self, epoch: int) -> bool:
+        """Whether all perturbations are drawn anew before this epoch; never before the last one."""
         return (epoch + 1) % self.method.redraw_every == 0 and epoch + 1 != self.epochs
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The epochs around a step: learning rate, log, checkpoints, signals. Resuming continues as if nothing had happened."""
+"""The epochs around a step.
+
+Learning rate, log, checkpoints, signals. A resumed run continues as if it never stopped.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,16 @@ def fit(
     save_every: int = 0,
     identity: str,
 ) -> dict[str, float]:
-    """Train for sgd.epochs epochs, from `folder/last.pt` where that exists; returns seconds by phase.
+    """Train for sgd.epochs epochs, continuing from `folder/last.pt` if it exists; returns seconds by phase.
 
     Writes `metrics.jsonl` (one line every `log_every` steps) and `last.pt` (after every epoch, every `save_every`
-    steps, and on SIGTERM or SIGINT). `identity` says what must be the same on resuming: the data, the settings.
-    Raises RunError for a loss that is not finite (the last good checkpoint stays), Stopped after a signal.
+    steps, and on SIGTERM or SIGINT). identity: names the data and the settings, which must be the same on resuming.
+    Raises UsageError for a checkpoint of another identity, RunError for a loss that is not finite (the last good
+    checkpoint stays), Stopped after a signal.
     """
     last = folder / "last.pt"
-    for left in folder.glob(".*.tmp"):  # by a run that was killed while it wrote
-        left.unlink()
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     step.timer.on = True
     per_epoch = len(loader)
     done, seconds = 0, {}
@@ -70,7 +74,7 @@ def fit(
     with MetricsLog(folder, done, step) as log, StopFlag() as stop, bar, enough_memory(advice):
         while done < per_epoch * sgd.epochs:
             epoch, first = divmod(done, per_epoch)
-            rate = -1.0  # none yet
+            rate = -1.0  # not set yet
             batches = loader.epoch(epoch, first)
             try:
                 while (batch := log.next_batch(batches)) is not None:
@@ -95,27 +99,27 @@ def fit(
             finally:
                 batches.close()
             save()
-            if stop.asked:  # also when the signal came during the save
+            if stop.asked:  # the signal may have come during the save
                 raise Stopped(f"stopped by {stop.asked} after step {done}; saved to {last}")
     return log.total_seconds(seconds)
 
 
 def kept(last: Path) -> str:
-    """What an error says of the checkpoint."""
+    """The part of an error message that says whether there is a checkpoint."""
     return f"{last} keeps the last good state" if last.exists() else "nothing had been saved yet"
 
 
 def note_arms(folder: Path, step: TrainStep) -> None:
-    """Write into the run's env.json which forms the attack's convolutions have, if they were chosen."""
+    """Write the chosen forms of the attack's convolutions into the run's env.json, if there are any."""
     file = folder / "env.json"
     if step.arms and file.exists():
-        known = json.loads(file.read_text())
-        if known.get("arms") != step.arms:
-            save_text(file, as_json(known | {"arms": step.arms}))
+        environment = json.loads(file.read_text())
+        if environment.get("arms") != step.arms:
+            save_text(file, as_json(environment | {"arms": step.arms}))
 
 
 class MetricsLog:
-    """Sums metrics on the device and writes them to `metrics.jsonl`, crossing to the host once a line."""
+    """Sums metrics on the device and writes their means to `metrics.jsonl`; it waits for the device once a line."""
 
     def __init__(self, folder: Path, steps: int, step: TrainStep):
         self.path, self.step = folder / "metrics.jsonl", step
@@ -135,13 +139,14 @@ class MetricsLog:
         self.began = time.perf_counter()
 
     def next_batch(self, batches: Any) -> tuple[Tensor, Tensor] | None:
-        """The next batch, its waiting time counted as the phase `data`."""
+        """The next batch, None at the end of the epoch. The time spent waiting counts as the phase `data`."""
         began = time.perf_counter()
         batch = next(batches, None)
         self.waited += time.perf_counter() - began
         return batch
 
     def add(self, metrics: dict[str, Tensor], images: int) -> None:
+        """Add the metrics of one step on that many images."""
         self.images += images
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
@@ -150,14 +155,14 @@ class MetricsLog:
         self.bad_step = torch.where(first_bad, self.step.steps, self.bad_step)
 
     def check_finite(self) -> None:
-        """RunError that names the step if a loss was NaN or infinite since the last check."""
+        """Raise RunError, naming the step, if a loss was NaN or infinite."""
         bad = int(self.bad_step)
         if bad >= 0:
             last = self.path.parent / "last.pt"
             raise RunError(f"loss: not finite at step {bad}; {kept(last)}. A smaller learning rate is the usual cure")
 
     def write(self, steps: int, epoch: int, rate: float) -> str:
-        """One line; returns its gist for the progress bar."""
+        """Write one line; returns a short form of it for the progress bar."""
         self.check_finite()
         names = list(self.sums)
         values = torch.stack([self.sums[name].double() for name in names]).tolist()
@@ -185,7 +190,7 @@ class MetricsLog:
         return f"epoch {epoch + 1}, loss {means['loss']:.3f}, {gist}, {record['images_s']:.0f} images/s"
 
     def total_seconds(self, earlier: dict[str, float]) -> dict[str, float]:
-        """Wall-clock seconds of the loop, and those of each phase as far as they are logged; all processes together."""
+        """Seconds of the loop (`wall`) and of each logged phase, summed over all resumes."""
         spent = {"wall": time.perf_counter() - self.began_run, **self.phases}
         return {name: earlier.get(name, 0.0) + spent.get(name, 0.0) for name in {**spent, **earlier}}
 
@@ -199,7 +204,10 @@ class MetricsLog:
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once with 130."""
+    """Turns SIGTERM and SIGINT into a flag, which the loop reads after each step.
+
+    A second SIGINT ends the process with 130.
+    """
 
     def __enter__(self) -> StopFlag:
         self.asked: str | None = None
@@ -207,7 +215,7 @@ class StopFlag:
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: signals are somebody else's business
+        except ValueError:  # not the main thread, which alone may handle signals
             pass
         return self
 
@@ -222,19 +230,17 @@ class StopFlag:
 
 
 def _lines_up_to(path: Path, steps: int) -> list[str]:
-    """The log's whole lines of steps that the checkpoint has seen; what came after a crash's checkpoint is redone."""
+    """The log's complete lines up to that step: the steps after the last checkpoint are trained again."""
     if not path.exists() or steps == 0:
         return []
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= steps:
-            kept.append(line)
-    return kept
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
 
 
 def _tensorboard(folder: Path, steps: int) -> Any:
+    """A TensorBoard writer, None if TensorBoard cannot be imported."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception:  # not installed, or at odds with its protobuf: no reason to lose a run
+    except Exception:  # not installed, or broken by another protobuf version: no reason to lose a run
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)

@@ -1,6 +1,6 @@
-"""Natural classifiers, which a method begins with: pre-trained once for each configuration, read from a file, or fresh.
+"""The classifiers that training starts from: fresh, read from a file, or pre-trained on clean images.
 
-Pre-trained weights lie in the cache under a key of everything that shapes them, so that the next run finds them.
+Pre-trained weights are kept in the cache under a key of everything that shapes them, so that the next run finds them.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from fastafd.training.step import TrainStep
 
 
 def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The natural classifier of `config`, in eval mode on the CPU, and what its file says of it.
+    """The natural classifier of `config`, in eval mode on the CPU, and the header of its file.
 
-    It comes from its folder, else it is trained (and resumed) there. UsageError where that folder (`out`) holds another
-    model.
+    It is loaded from its folder, or else trained there (and a stopped training is resumed).
+    Raises UsageError if that folder (`out`) holds a model of other settings.
     """
     folder, shape = folder_of(config, dataset), shaping(config, dataset)
     weights = folder / "model.safetensors"
     if weights.exists():
-        net, found = load_model_about(weights)
-        if found.get("shape") != shape:
+        net, header = load_model_about(weights)
+        if header.get("shape") != shape:
             raise UsageError(f"out: {weights} is a model of other settings or data; take another folder")
         console.line(f"natural model: {weights}")
-        return net, found
+        return net, header
 
     task, sgd = config.task, config.sgd
     device = resolve_device(task.device)
     net = fresh_model(task, dataset)
-    loader = loader_of(task, sgd.batch_size, dataset, device, console)
+    loader = build_loader(task, sgd.batch_size, dataset, device, console)
     net = net.to(device)
     step = TrainStep(
         net,
@@ -73,10 +73,10 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
         identity=shape,
     )
     net = net.cpu().eval()
-    found = about(task, dataset) | {"shape": shape, "pretraining_seconds": seconds["wall"]}
-    save_model(weights, net, found)
-    (folder / "last.pt").unlink(missing_ok=True)  # the run is over; its optimizer state is of no use any more
-    return net, found
+    header = header_for(task, dataset) | {"shape": shape, "pretraining_seconds": seconds["wall"]}
+    save_model(weights, net, header)
+    (folder / "last.pt").unlink(missing_ok=True)  # the run is over, so nobody needs its optimizer state
+    return net, header
 
 
 def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
@@ -86,8 +86,8 @@ def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
         return build_model(task.arch, len(dataset.classes), task.normalize)
 
 
-def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.device, console: Console) -> Loader:
-    """The training images in batches, on the device."""
+def build_loader(task: Task, batch_size: int, dataset: Dataset, device: torch.device, console: Console) -> Loader:
+    """The loader that delivers batches of the training images on the device."""
     return make_loader(
         task.loader,
         dataset.train,
@@ -100,10 +100,12 @@ def loader_of(task: Task, batch_size: int, dataset: Dataset, device: torch.devic
     )
 
 
-def given_model(pretrained: str, task: Task, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier in a file or run folder, or pyautoattack's `example`, and what is known of it.
+def pretrained_model(
+    pretrained: str, task: Task, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier in a file or run folder, or pyautoattack's `example`, and the header to save it with.
 
-    UsageError if it does not fit.
+    Raises UsageError if the weights do not fit the task's architecture.
     """
     net = build_model(task.arch, len(dataset.classes), task.normalize)
     if pretrained == "example":
@@ -118,14 +120,17 @@ def given_model(pretrained: str, task: Task, dataset: Dataset, console: Console)
         source = source / "model.safetensors" if source.is_dir() else source
     fit_weights(net, load_weights(source), source)
     console.line(f"pre-trained model: {source}")
-    known = about(task, dataset)
+    header = header_for(task, dataset)
     if source.suffix == ".safetensors" and (seconds := header_of(source).get("pretraining_seconds")) is not None:
-        known["pretraining_seconds"] = seconds
-    return net.eval(), known
+        header["pretraining_seconds"] = seconds
+    return net.eval(), header
 
 
 def example_weights() -> Path:
-    """The naturally trained CIFAR-10 ResNet-18 that the package pyautoattack ships. UsageError where it is left out."""
+    """The file of the naturally trained CIFAR-10 ResNet-18 in the package pyautoattack.
+
+    UsageError if it is not there.
+    """
     spec = importlib.util.find_spec("pyautoattack")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / "examples" / "model_test.pt"
@@ -135,7 +140,7 @@ def example_weights() -> Path:
 
 
 def folder_of(config: PretrainConfig, dataset: Dataset) -> Path:
-    """The folder of this pre-training: `out`, or one in the cache named by everything that shapes the weights."""
+    """The folder of this pre-training: `out`, or a folder in the cache whose name has the key of `shaping`."""
     if config.out is not None:
         return config.out
     key = hashlib.sha256(shaping(config, dataset).encode()).hexdigest()[:12]
@@ -158,8 +163,8 @@ def shaping(config: PretrainConfig, dataset: Dataset) -> str:
     return json.dumps(shape, sort_keys=True)
 
 
-def about(task: Task, dataset: Dataset) -> dict[str, Any]:
-    """What a weights file's header says of its classifier."""
+def header_for(task: Task, dataset: Dataset) -> dict[str, Any]:
+    """The header of a weights file: what must be known to build the classifier and to evaluate it."""
     return {
         "arch": task.arch,
         "num_classes": len(dataset.classes),

@@ -1,4 +1,4 @@
-"""The optimizer, what the fast engine asks of it, and the learning rate as a pure function of the step."""
+"""The SGD optimizer, its preparation for the fast engine and for CUDA graphs, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from fastafd.models import Disentangled
 def make_sgd(
     model: nn.Module, lr: float, momentum: float, weight_decay: float, d2_weight_decay: float = 0.0
 ) -> torch.optim.SGD:
-    """SGD with one group for D2, which has its own weight decay, and one for everything else."""
+    """An SGD optimizer with two parameter groups: D2 with `d2_weight_decay`, all other trained weights with the rest.
+
+    model: `fastafd.disentangle(net)`; any other module has no D2, and one group. The recipe `released` takes lr 0.025,
+    momentum 0.9, weight decay 1e-3 and d2_weight_decay 5e-4.
+    """
     d2 = list(model.d2.parameters()) if isinstance(model, Disentangled) else []
-    own = {id(p) for p in d2}
-    rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
+    in_d2 = {id(p) for p in d2}
+    rest = [p for p in model.parameters() if id(p) not in in_d2 and p.requires_grad]
     groups = [{"params": rest, "weight_decay": weight_decay}]
     if d2:
         groups.append({"params": d2, "weight_decay": d2_weight_decay})
@@ -27,22 +31,23 @@ def make_sgd(
 def learning_rate(
     epoch: float, epochs: int, lr: float, schedule: tuple[tuple[float, float], ...], between: str = "steps"
 ) -> float:
-    """The rate at `epoch` (from 0, a fraction within one) by pairs (fraction of the run, factor on lr).
+    """The learning rate at `epoch`, which counts from 0 and has a fraction within an epoch.
 
-    between "steps": the factor of the last pair begun when this epoch began; "lines": a straight line to the next pair.
+    schedule: pairs (fraction of the run, factor on lr). between: with "steps", an epoch keeps the factor of the last
+    pair at or before its start; with "lines", the factor goes in a straight line from each pair to the next.
     """
     if between == "lines":
         starts, factors = zip(*schedule, strict=True)
         return lr * float(np.interp(epoch, np.multiply(starts, epochs), factors))
-    begun = [factor for start, factor in schedule if int(epoch) + 1e-9 >= start * epochs]
-    return lr * begun[-1]
+    reached = [factor for start, factor in schedule if int(epoch) + 1e-9 >= start * epochs]
+    return lr * reached[-1]
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> bool:
-    """`optimizer.load_state_dict(state)`, written into the tensors that the optimizer has, as CUDA graphs need it.
+    """Load a state into the tensors that the optimizer already has, because recorded CUDA graphs use those tensors.
 
-    Returns whether all tensors are the same ones as before and all settings but the learning rates are equal, so that
-    what was recorded before holds.
+    Returns True if the recordings stay valid: all tensors are the same objects as before, and all settings except the
+    learning rates are equal. Returns False if the step must be recorded anew.
     """
     tensors = {p: dict(values) for p, values in optimizer.state.items()}
     settings = _settings(optimizer)
@@ -61,19 +66,22 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> bool:
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each group, but for the rate and for what `fuse` sets."""
-    aside = ("params", "lr", "fused", "foreach")
-    return [{name: value for name, value in group.items() if name not in aside} for group in optimizer.param_groups]
+    """The settings of each parameter group, without the learning rate and without those that `fuse` sets."""
+    ignored = ("params", "lr", "fused", "foreach")
+    return [{name: value for name, value in group.items() if name not in ignored} for group in optimizer.param_groups]
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let SGD update all weights in one launch, one that can read its rate from the device; others are left alone."""
+    """Let SGD update all weights in one launch, which can read its rate from the device.
+
+    Other optimizers stay as they are.
+    """
     if type(optimizer) is not torch.optim.SGD:
         return
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
         if group["momentum"] and not group["dampening"]:
-            # Zeros now are what the first update would make; one that fp16 skips would leave them unset.
+            # The first update would start from zeros too, but fp16 may skip it, and then the buffer would stay unset.
             for p in group["params"]:
                 if p.requires_grad and optimizer.state[p].get("momentum_buffer") is None:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -81,21 +89,24 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
 
 
 def to_channels_last(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Put weights, and what the optimizer keeps of them, into channels_last, in place; whether any was not."""
+    """Put the weights and the optimizer's state into channels_last, in place.
+
+    True if any weight was not in it before.
+    """
     if all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4):
         return False
     model.to(memory_format=torch.channels_last)
-    for p, kept in optimizer.state.items():
-        for name, value in kept.items():
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
             if p.dim() == 4 and isinstance(value, torch.Tensor) and value.shape == p.shape:
-                kept[name] = value.contiguous(memory_format=torch.channels_last)
+                state[name] = value.contiguous(memory_format=torch.channels_last)
     return True
 
 
 def needs_host(optimizer: torch.optim.Optimizer, scaled: bool) -> str:
-    """What every step of the optimizer needs the host for, so that no CUDA graph can hold it; or nothing.
+    """Why this optimizer cannot be captured in a CUDA graph; empty if it can.
 
-    scaled: whether its gradients are (fp16).
+    scaled: True if a GradScaler scales the gradients (fp16).
     """
     if not all(group.get("capturable", group.get("fused")) for group in optimizer.param_groups):
         return "reads its rate on the host; take SGD, or capturable=True"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD
+from fastafd.attacks import PGD, Ball
 from fastafd.console import Console
-from fastafd.data.augment import Augment, to_unit
+from fastafd.data import Augment, Loader, to_unit
 from fastafd.device import resolve_amp
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
@@ -32,13 +32,13 @@ from fastafd.training.graphs import Graphs
 from fastafd.training.optim import fuse, needs_host, restore, to_channels_last
 from fastafd.training.timing import PhaseTimer
 
-# images, labels, crop offsets, flips, the attack's noise, the epoch
+# images, labels, crop offsets, flips, the attack's start noise, the number of the epoch
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-Seen = tuple[Tensor, Tensor, Tensor | None]  # x, x_adv, the teacher's features of x
+Seen = tuple[Tensor, Tensor, Tensor | None]  # x, x_adv, the teacher's features of x: what a probe needs
 
 
 class TrainStep:
-    """One step of any method; call it with a batch."""
+    """One training step of a method. Call it with a batch: `metrics = step(x, y)`."""
 
     def __init__(
         self,
@@ -47,43 +47,54 @@ class TrainStep:
         method: Method,
         *,
         teacher: nn.Module | None = None,
-        attack: PGD | None = None,
+        attack: Ball | None = None,
         attack_bn: str = "eval",
         ema_decay: float = 0.0,
         amp: str = "auto",
         engine: str = "auto",
         augment: Augment | None = None,
         seed: int = 0,
-        per_epoch: int = 0,
+        loader: Loader | None = None,
+        epochs: int = 0,
         console: Console | None = None,
     ):
-        """per_epoch: steps of an epoch, for a method that does something else in another epoch."""
+        """Prepare the step; the model, the optimizer and the teacher are on the model's device afterwards.
+
+        teacher: the natural classifier, of which a frozen copy is made. attack: a PGD, or only the ball for a method
+        that makes its attacked images itself. attack_bn: BatchNorm's mode during the attack. loader, epochs: the run's
+        loader and number of epochs, which only methods need that act by epoch (ARREST, ATAS).
+        Raises ValueError for a missing teacher or loader, UsageError for settings that do not go together.
+        """
         if method.uses_teacher and teacher is None:
             raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
         self.console = console or Console()
         self.fast = engine_of(method, engine, self.device, self.console) == "fast"
-        if self.fast and to_channels_last(model, optimizer):  # before anything refers to its tensors
+        if self.fast and to_channels_last(model, optimizer):  # before anything refers to the model's tensors
             self.console.line("the network's weights are put into channels_last, the layout of the fast engine")
-        self.attack = attack if method.adversarial and method.attacks else None
-        self.per_epoch = per_epoch
-        if method.replays_noise and not per_epoch:
-            raise ValueError(f"{type(method).__name__} needs per_epoch, the steps of an epoch")
+        self.attack: PGD | None = None
+        if method.adversarial and method.uses_recipe_attack and attack is not None:
+            if not isinstance(attack, PGD):
+                raise UsageError(f"attack: got a {type(attack).__name__}, takes a PGD with {method.label}")
+            self.attack = attack
+        self.loader = loader
+        if method.replays_noise and loader is None:
+            raise ValueError(f"{type(method).__name__} needs loader, whose length is the number of steps in an epoch")
         if method.replays_noise and (self.attack is None or not self.attack.random_start):
-            raise UsageError(f"attack.random_start: got false, takes true with {method.label}, which replays its noise")
+            raise UsageError(f"attack.random_start: got false, takes true with {method.label}")
         frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
-        self.taught = frozen is not None
+        self.has_teacher = frozen is not None
         self.ema = EMA(model, ema_decay) if ema_decay else None
         self.augment = augment
         amp = resolve_amp(amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=amp == "fp16")
-        self.generator = torch.Generator(self.device).manual_seed(seed)  # the attack's starts
+        self.generator = torch.Generator(self.device).manual_seed(seed)  # draws the attack's starts
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
 
         self.graphs: Graphs | None = None
-        self._state: Any = None  # the optimizer's, as it was recorded
+        self._state: Any = None  # the optimizer's state whose tensors the recordings use
         self.engine: Engine
         if not self.fast:
             self.engine = Reference(model, method, frozen, self.attack, attack_bn, self.ema, amp)
@@ -91,7 +102,7 @@ class TrainStep:
         if self.attack is not None and attack_bn != "eval":
             raise UsageError(f"attack_bn: got {attack_bn!r}, takes eval with engine fast; reference has both")
         self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
-        self._met: set[torch.Size] = set()  # shapes of batches that it has been compiled for
+        self._compiled_for: set[torch.Size] = set()  # shapes of batches
         fuse(self.optimizer)
         if self.device.type == "cuda":
             if reason := needs_host(optimizer, self.scaler.is_enabled()):
@@ -102,16 +113,17 @@ class TrainStep:
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
 
-        x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) int64, on the model's device. A given
-        `augment` is applied to uint8 batches. With `probe`, clean accuracy and feature gaps are measured as
-        well, in eval mode and of the weights before the update, at the price of two more forward passes.
+        x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) int64. `augment`, if the step has one,
+        is applied to uint8 batches. probe: True also measures the clean accuracy and the feature gaps, in eval mode
+        with the weights before the update; this takes two more forward passes.
+        Raises UsageError if the first batch has pixels outside [0,1] or labels that the model has no class for.
         """
         with self.timer("inputs"):
             inputs = self._inputs(x, y)
         if self.steps == 0:
             self._check_first(*inputs[:2])
         weight = 0.0 if self.ema is None else self.ema.advance()
-        if self.fast and inputs[0].shape not in self._met:
+        if self.fast and inputs[0].shape not in self._compiled_for:
             run = self._compile
         else:
             run = self._launch
@@ -120,22 +132,22 @@ class TrainStep:
         return metrics
 
     def averaged(self) -> nn.Module:
-        """The model that is evaluated: the weight average, or without one the model itself."""
+        """The model to evaluate: the weight average, or the model itself if `ema_decay` is 0."""
         return self.model if self.ema is None else self.ema.module
 
     @property
     def arms(self) -> dict[str, Any]:
-        """The forms of the attack's convolutions and the machine that they were timed on; nothing where none were."""
+        """The chosen forms of the attack's convolutions and the machine that timed them; empty if none were timed."""
         chosen = self.engine.choice if isinstance(self.engine, Fast) else None
         return {} if chosen is None else chosen.state()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, the generators included; the same from either engine."""
+        """Everything that the next step depends on, generators included. Both engines write and read the same state."""
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [group | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
         state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": optimizer}
         state |= {"generator": self.generator.get_state(), "steps": self.steps, "scaler": self.scaler.state_dict()}
-        state["torch_rng"] = torch.get_rng_state()  # of a network with dropout, say
+        state["torch_rng"] = torch.get_rng_state()  # a network with dropout draws from it
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.ema is not None:
@@ -147,16 +159,19 @@ class TrainStep:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`. UsageError where it is of the other kind of device, whose generators differ."""
+        """Continue from a `state_dict()`.
+
+        Raises UsageError for a CPU's state on a GPU and for a GPU's state on a CPU: their generators differ.
+        """
         if ("cuda_rng" in state) != (self.device.type == "cuda"):
-            of = "a GPU" if "cuda_rng" in state else "a CPU"
-            raise UsageError(f"device: got {self.device.type}, and the state to go on from is that of a step on {of}")
+            saved_on = "a GPU" if "cuda_rng" in state else "a CPU"
+            raise UsageError(f"device: got {self.device.type}, and the saved state is that of a step on {saved_on}")
         self.model.load_state_dict(state["model"])
         in_place = restore(self.optimizer, state["optimizer"])
         if self.fast:
             fuse(self.optimizer)
         if in_place:
-            self._state = self.optimizer.state  # recordings still hold its tensors
+            self._state = self.optimizer.state  # the recordings still use its tensors
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
         if state.get("scaler"):
@@ -174,7 +189,7 @@ class TrainStep:
     # -- what a step is made of -----------------------------------------------------------------------------------
 
     def _inputs(self, x: Tensor, y: Tensor) -> Inputs:
-        """The batch and all that is drawn for it, on the device."""
+        """The batch and all random draws for it, on the device."""
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, torch.int64, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
         offsets = flips = noise = epoch = None
@@ -190,11 +205,12 @@ class TrainStep:
             like = torch.empty(shape, dtype=dtype, device=self.device, memory_format=torch.channels_last)
             noise = self.attack.draw(like, self.generator)
         if self.method.replays_noise:
-            epoch = torch.full((), self.steps // self.per_epoch + 1, device=self.device)
+            assert self.loader is not None
+            epoch = torch.full((), self.steps // len(self.loader) + 1, device=self.device)
         return x, y, offsets, flips, noise, epoch
 
     def _check_first(self, x: Tensor, y: Tensor) -> None:
-        """The mistakes that a loop makes in its first batch or never; it waits for the device."""
+        """Check the first batch for mistakes that a loop makes in every batch or never. This waits for the device."""
         if x.is_floating_point() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
             raise UsageError(
                 f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
@@ -208,7 +224,7 @@ class TrainStep:
     def _run(
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
     ) -> tuple[dict[str, Tensor], Seen]:
-        """The step itself, on the device alone."""
+        """The step itself. It runs on the device alone: nothing here waits for it."""
         images, y, offsets, flips, noise, epoch = inputs
         with timer("augment"):
             x = self._pixels(images, offsets, flips)
@@ -220,7 +236,7 @@ class TrainStep:
         if self.method.adversarial:
             with timer("attack"):
                 x_adv = self._attacked(x, inputs)
-        self.engine.join()  # from here on the teacher's features are read
+        self.engine.join()  # what follows reads the teacher's features
         if noise is not None and epoch is not None:
             with timer("attack"):
                 features, _ = self.engine.f1(x)
@@ -239,14 +255,19 @@ class TrainStep:
         return {"loss": out.total.detach(), **out.terms, accuracy: correct, **probed}, (x, x_adv, teacher_features)
 
     def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """The attacked images in the place of x."""
+        """x_adv (B,3,H,W), made from the images x (B,3,H,W)."""
         _, y, _, _, noise, _ = inputs
         return self.engine.perturb(x, noise, y)
+
+    def feed(self, loader: Loader) -> Loader:
+        """The loader whose batches this step trains on, made from the run's loader."""
+        return loader
 
     def _loss(self, batch: Batch) -> Loss:
         return self.engine.loss(batch)
 
     def _update(self, batch: Batch) -> Loss:
+        """One backward pass and one step of the optimizer."""
         out = self._loss(batch)
         self.model.zero_grad(set_to_none=True)
         self.scaler.scale(out.total).backward()
@@ -255,6 +276,7 @@ class TrainStep:
         return out
 
     def _pixels(self, images: Tensor, offsets: Tensor | None, flips: Tensor | None) -> Tensor:
+        """The images in [0,1] (B,3,H,W): uint8 ones augmented and scaled, float ones as they are."""
         if images.dtype != torch.uint8:
             return images
         if self.augment is None or offsets is None or flips is None:
@@ -264,65 +286,69 @@ class TrainStep:
         return x.to(next(self.model.parameters()).dtype)
 
     def _probe(self, y: Tensor, x: Tensor, x_adv: Tensor, teacher_features: Tensor | None = None) -> dict[str, Tensor]:
-        """Clean accuracy and the gap between f1 of x_adv and natural features (Fig. 1a): the teacher's, and f1 of x."""
+        """The clean accuracy, and the gaps between f1 of x_adv and two kinds of natural features (Fig. 1a).
+
+        `gap`: the teacher's features of x. `own_gap`: the student's f1 of x.
+        """
         clean, logits = self.engine.f1(x)
         attacked, _ = self.engine.f1(x_adv)
-        found = {"clean_accuracy": (logits.argmax(1) == y).float().mean(), **feature_gap(attacked, clean, "own_gap")}
-        if teacher_features is None and self.taught:
+        metrics = {"clean_accuracy": (logits.argmax(1) == y).float().mean(), **feature_gap(attacked, clean, "own_gap")}
+        if teacher_features is None and self.has_teacher:
             teacher_features = self.engine.teacher_features(x)
             self.engine.join()
         if teacher_features is not None:
-            found |= feature_gap(attacked, teacher_features, "gap")
-        return found
+            metrics |= feature_gap(attacked, teacher_features, "gap")
+        return metrics
 
     # -- how it is launched ---------------------------------------------------------------------------------------
 
     def _launch(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
+        """Run the step, from a CUDA graph if there are any; returns the metrics."""
         with self.engine.launching():
             if self.graphs is None:
                 return self._run(inputs, weight, self._phases, probe)[0]
             with self.timer("step"):
                 self._set_scalars(weight)
-                figures, *more = self.graphs(*inputs)
-                metrics = dict(zip(self._names, figures.clone().unbind()))  # the next step overwrites them
-                seen, grads = more[: self._seen], more[self._seen :]
+                values, *tensors = self.graphs(*inputs)
+                metrics = dict(zip(self._names, values.clone().unbind()))  # the next step overwrites `values`
+                seen, grads = tensors[: self._seen], tensors[self._seen :]
                 for parameter, grad in zip(self._trained, grads, strict=True):
-                    parameter.grad = grad  # a replay writes into those of its recording
-            if probe:  # the snapshot still has the weights before the update
+                    parameter.grad = grad  # a replay writes into the gradients of its recording
+            if probe:  # the attack's snapshot still has the weights before the update
                 with self.timer("probe"):
                     metrics |= self._probe(inputs[1], *seen)
             return metrics
 
     def _compile(self, inputs: Inputs, weight: float, probe: bool) -> dict[str, Tensor]:
-        """`_launch` for a batch of a shape not met before: the first call of each part compiles it."""
+        """`_launch` for the first batch of a shape: the first call of each part compiles it."""
         shape = tuple(inputs[0].shape)
         folder = keep_compiled(self.device)
         self.console.line(
             f"compiling the step for batches of {shape}, a minute or two if {folder} does not have it yet"
         )
         began = time.perf_counter()
-        usual, self._phases = self._phases, PhaseTimer(torch.device("cpu"))
-        timer, self.timer = self.timer, PhaseTimer(self.device)  # off: what compiles counts as that alone
+        phases, self._phases = self._phases, PhaseTimer(torch.device("cpu"))
+        timer, self.timer = self.timer, PhaseTimer(self.device)  # off: this step counts as the phase "compile" alone
         self._phases.on = True
         try:
             with timer("compile"):
                 metrics = self._launch(inputs, weight, probe)
         finally:
-            spent, self._phases, self.timer = self._phases.collect(), usual, timer
-        self._met.add(inputs[0].shape)
+            spent, self._phases, self.timer = self._phases.collect(), phases, timer
+        self._compiled_for.add(inputs[0].shape)
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
         self.console.line(f"compiled in {time.perf_counter() - began:.1f} s ({parts})")
         return metrics
 
     def _replay(self, graphs: Graphs) -> None:
-        """Launch every step from now on by `graphs`."""
+        """From now on, launch every step through `graphs`."""
         self.graphs = graphs
         self._weight = torch.zeros((), device=self.device)
         self._rates: list[Tensor] = []
-        self._phases = PhaseTimer(torch.device("cpu"))  # on while compiling: a graph has no phases
+        self._phases = PhaseTimer(torch.device("cpu"))  # only on while compiling: a graph has no phases
 
     def _recorded(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """`_run` as a CUDA graph takes it."""
+        """`_run` in the form that `Graphs` records: tensors in, a tuple of tensors out."""
         metrics, seen = self._run(inputs, self._weight, self._phases)
         tensors = [t for t in seen if t is not None]
         self._names, self._seen = tuple(metrics), len(tensors)
@@ -331,22 +357,22 @@ class TrainStep:
         return torch.stack([value.float() for value in metrics.values()]), *tensors, *grads
 
     def _set_scalars(self, weight: float) -> None:
-        """What changes from step to step and is no input: a graph reads it from the device."""
+        """Copy the average's weight and the learning rates to the device, where the recorded graph reads them."""
         assert self.graphs is not None
         self._weight.fill_(weight)
         groups = self.optimizer.param_groups
-        if self.optimizer.state is not self._state or len(groups) != len(self._rates):  # loaded, or a group added
+        if self.optimizer.state is not self._state or len(groups) != len(self._rates):  # state loaded, group added
             fuse(self.optimizer)
             self.graphs.clear()
             self._state, self._rates = self.optimizer.state, [torch.zeros((), device=self.device) for _ in groups]
         for group, held in zip(groups, self._rates, strict=True):
-            if group["lr"] is not held:  # somebody has set it since
+            if group["lr"] is not held:  # set since the last step
                 held.fill_(group["lr"])
                 group["lr"] = held
 
 
 def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:
-    """Distances of (B,D) features per sample, then their mean: `name`_l1, _l2, _linf, and _cosine (1 - cos)."""
+    """The mean distances between features u and v (B,D): `name`_l1, `name`_l2, `name`_linf, `name`_cosine (1 - cos)."""
     difference = u.float() - v.float()
     gap = {f"{name}_{norm}": difference.norm(p=p, dim=1).mean() for norm, p in NORMS.items()}
     return {**gap, f"{name}_cosine": angular_distance(u.float(), v.float())}
@@ -356,6 +382,7 @@ NORMS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
 
 
 def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy of the teacher up to its features. ValueError if their width differs from the student's."""
     whole = copy.deepcopy(teacher) if isinstance(teacher, SplitNet) else split(teacher)
     if isinstance(student, SplitNet) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Seconds by phase, without making the host wait for the device."""
+"""Seconds of each phase of a step, measured without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 
 class PhaseTimer:
-    """`with timer("attack"):` adds to that phase. On CUDA between two events, which only `collect` waits for.
+    """`with timer("attack"):` adds the block's seconds to that phase.
 
-    Off until somebody who will collect switches it on: events would pile up in a loop that never does.
+    On CUDA a phase is the time between two events, and only `collect` waits for them. The timer is off until somebody
+    sets `on` and then calls `collect` now and then; otherwise the events of a long loop would pile up.
     """
 
     def __init__(self, device: torch.device):
