@@ -11,9 +11,9 @@ from fastafd.settings import unknown
 VERBS = {
     "train": "pre-train or load a natural model, fine-tune it with AFD, evaluate, save",
     "pretrain": "train a natural model",
-    "verify": "hold the fast step to plain PyTorch in float64, on this machine",
-    "evaluate": "clean, PGD-20 and AutoAttack accuracy of a run or of any weights",
-    "report": "the paper's tables and figures, and an HTML page, from run folders",
+    "verify": "compare the fast step with plain PyTorch in float64, on this machine",
+    "evaluate": "measure clean, PGD-20 and AutoAttack accuracy of a run or of any weights",
+    "report": "make the paper's tables and figures, and an HTML page, from run folders",
 }
 
 

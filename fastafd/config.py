@@ -1,4 +1,4 @@
-"""What a run consists of: frozen dataclasses of settings, with a sentence and a unit for every field."""
+"""The settings of a run: frozen dataclasses in which every field has a sentence with its unit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastafd.settings import check, choice, lr_steps, number, optional, part, pa
 
 @dataclass(frozen=True)
 class Task:
-    """Which classifier, on which images, on which machine."""
+    """The classifier, the images and the device."""
 
     arch: str = setting(
         "resnet18", "classifier: resnet18, resnet50, preactresnet18, wrn34_10 (any wrnN_K), resnet8, resnet8_half", text
@@ -23,7 +23,7 @@ class Task:
         None, "side in pixels that an image folder is resized to", optional(number(8, 1024, whole=True))
     )
     normalize: str = setting("none", "normalisation layer inside the model: none, cifar10, cifar100 or imagenet", text)
-    loader: str = setting("ffcv", "what feeds the batches", choice("ffcv", "resident", "torch"))
+    loader: str = setting("ffcv", "loader of the batches", choice("ffcv", "resident", "torch"))
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)
     amp: str = setting(
         "auto",
@@ -36,7 +36,9 @@ class Task:
         choice("auto", "fast", "reference"),
     )
     seed: int = setting(
-        0, "seed of the order, the augmentation, the attack's starts and fresh weights", number(0, 2**32, whole=True)
+        0,
+        "seed of the order of the images, the augmentation, the attack's starts and fresh weights",
+        number(0, 2**32, whole=True),
     )
 
     def __post_init__(self) -> None:
@@ -69,12 +71,12 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole fine-tuning run; `fastafd.recipes` returns complete ones."""
+    """The settings of a whole fine-tuning run. The functions of `fastafd.recipes` return complete ones."""
 
     recipe: str = setting(
         "released",
-        "method and where all other settings start: released, paper, released_cifar100, digits, vaft_d, vaft_a (AFD), "
-        "vaft, afkd, arrest, rift, pgd_at, trades, free_at, fgsm_ga or atas",
+        "method and its settings, which other flags change: released, paper, released_cifar100, digits, vaft_d, "
+        "vaft_a (AFD), vaft, afkd, arrest, rift, pgd_at, trades, free_at, fgsm_ga or atas",
         text,
     )
     matched: bool = setting(
@@ -82,27 +84,27 @@ class TrainConfig:
     )
     task: Task = part(flat=True)
     method: Method = part(flat=True)
-    attack: Ball = part()  # a PGD, or the ball alone of a method that steps in a way of its own
+    attack: Ball = part()  # a PGD, or only the ball for a method that makes its attacked images itself
     sgd: SGD = part(flat=True)
     pretrain: SGD = part()
     attack_bn: str = setting(
         "eval",
-        "BatchNorm during the attack: running (eval) or batch statistics (train, which moves the running ones too)",
+        "BatchNorm during the attack: eval (running statistics) or train (batch statistics, which move the others)",
         choice("eval", "train"),
     )
     d2_weight_decay: float = setting(5e-4, "weight decay on D2", number(0))
     ema_decay: float = setting(
-        0.999, "decay of the weight average, reached as (1+t)/(10+t); 0: no average", number(0, 1)
+        0.999, "decay of the weight average, min(ema_decay, (1+t)/(10+t)) at update t; 0: no average", number(0, 1)
     )
     pretrained: str | None = setting(
         None,
-        "weights to start from: a file, a run folder or 'example'; else natural ones are pre-trained (rift needs some)",
+        "weights to start from: a file, a run folder or 'example'; default: pre-train a natural model (not for rift)",
         optional(weights_file),
     )
     out: Path | None = setting(None, "run folder; default runs/DATE-TIME-DATASET-ARCH-RECIPE", optional(path))
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
     save_every: int = setting(
-        0, "steps between two saves of last.pt within an epoch; 0: epochs alone", number(0, whole=True)
+        0, "steps between two saves of last.pt within an epoch; 0: save only after each epoch", number(0, whole=True)
     )
     eval_n: int | None = setting(
         None, "test images for clean and PGD-20 accuracy; default all", optional(number(1, whole=True))
@@ -115,16 +117,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A natural pre-training run; the defaults are the paper's appendix."""
+    """The settings of a natural pre-training run; the defaults are those of the paper's appendix."""
 
     task: Task = part(flat=True, default=Task())
     sgd: SGD = part(flat=True, default=SGD(100, 128, 0.1, ((0.0, 1.0), (0.75, 0.1), (0.9, 0.01))))
     out: Path | None = setting(
-        None, "run folder; default a folder in the cache that the configuration names", optional(path)
+        None, "run folder; default: a folder in the cache, named after the settings", optional(path)
     )
     log_every: int = setting(50, "steps between two lines of metrics.jsonl", number(1, whole=True))
     save_every: int = setting(
-        0, "steps between two saves of last.pt within an epoch; 0: epochs alone", number(0, whole=True)
+        0, "steps between two saves of last.pt within an epoch; 0: save only after each epoch", number(0, whole=True)
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """python -m fastafd.pretrain: train a natural classifier by the appendix's recipe, once for each configuration.
 
-The weights lie in the cache under a key of everything that shapes them, so `fastafd.train` finds them the next time.
+The weights are kept in the cache under a key of everything that shapes them, so that `fastafd.train` finds them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recipes: functions that return a complete config, one for each published row and one for the embedded data set.
 
-A variant changes fields of another recipe. Where the paper and its released code differ there are two, `paper` and
-`released`; the numbers of both and their sources:
+A variant changes fields of another recipe. The paper and its released code differ, so each has a recipe, `paper` and
+`released`:
 
 |                     | paper                          | released (github.com/changzhang777/AFD, tl+sl.py)            |
 | lr                  | 0.0025                         | 0.025                                                        |
@@ -21,13 +21,13 @@ from fastafd.config import SGD, PretrainConfig, Task, TrainConfig
 from fastafd.methods import AFD, AFKD, ARREST, ATAS, PGDAT, TRADES, VAFT, FreeAT, GradAlign, RiFT
 from fastafd.settings import UsageError, unknown
 
-# Epochs 1-10 of 20 at lr, then x4/5 at 11 and halved at 13, 15, 17 and 19 (released code; "the same as Suzuki et al.").
+# Epochs 1-10 of 20 at lr, then x4/5 at 11, halved at 13, 15, 17 and 19 (released code; "the same as Suzuki et al.").
 AFD_ATTACK = PGD(eps=8 / 255, step_size=0.007, steps=10, random_start=True)  # of the released code
 FLAT_THEN_HALVING = ((0.0, 1.0), (0.5, 0.8), (0.6, 0.4), (0.7, 0.2), (0.8, 0.1), (0.9, 0.05))
 
 
 def released() -> TrainConfig:
-    """What one step of the released code amounts to, as one step: see the table above."""
+    """The released code, whose three optimizer steps for a batch are one step here: see the table above."""
     alpha, beta = 0.05, 0.25
     return TrainConfig(
         recipe="released",
@@ -54,7 +54,7 @@ def paper() -> TrainConfig:
 
 
 def released_cifar100() -> TrainConfig:
-    """The released code's CIFAR-100 run, from the names of its checkpoint folders: alpha 0.1, beta 1, gamma 50."""
+    """The released code's run on CIFAR-100; the names of its checkpoint folders say alpha 0.1, beta 1, gamma 50."""
     base = released()
     return replace(
         base,
@@ -65,7 +65,7 @@ def released_cifar100() -> TrainConfig:
 
 
 def digits() -> TrainConfig:
-    """The embedded data set: scikit-learn's digits and a small ResNet, minutes on two CPU cores."""
+    """The embedded data set, scikit-learn's digits, with a small ResNet: minutes on two CPU cores."""
     base = released()
     return replace(
         base,
@@ -80,9 +80,9 @@ def digits() -> TrainConfig:
 
 
 def vaft() -> TrainConfig:
-    """Vanilla adversarial fine-tuning as the AFD authors ran it (their ARREST.py with both of its terms off).
+    """Vanilla adversarial fine-tuning as the AFD authors ran it: their ARREST.py with both of its terms off.
 
-    Steps of 2/255, weight decay 5e-4 and no average; schedule, rate and epochs are those of `released`.
+    Attack steps of 2/255, weight decay 5e-4, no weight average; the schedule and the epochs are those of `released`.
     """
     base = released()
     return replace(
@@ -133,7 +133,7 @@ def trades() -> TrainConfig:
 
 
 def free_at() -> TrainConfig:
-    """Free-AT as locuslab/fast_adversarial has it: 10 epochs of 8 passes, lr up to 0.04 at half time and down again."""
+    """Free-AT by locuslab/fast_adversarial: 10 epochs of 8 passes; lr rises to 0.04 at half time and falls to 0."""
     return replace(
         vaft(),
         recipe="free_at",
@@ -144,7 +144,10 @@ def free_at() -> TrainConfig:
 
 
 def fgsm_ga() -> TrainConfig:
-    """FGSM with GradAlign by its released scripts for 8/255: 30 epochs, lr up to 0.3 at two fifths and down again."""
+    """FGSM with GradAlign by its released scripts for 8/255.
+
+    30 epochs; lr rises to 0.3 at two fifths and falls to 0.
+    """
     return replace(
         vaft(),
         recipe="fgsm_ga",
@@ -182,17 +185,20 @@ RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
 def matched(config: TrainConfig) -> TrainConfig:
     """Another method under the conditions of `released`: schedule, weight decay, attack, BatchNorm mode, average.
 
-    Of the attack its radius, steps and start; what it climbs is the method's. One without such an attack keeps its own.
+    Of the attack, the radius, the steps and the start change; the loss that it climbs stays the method's. A method that
+    makes its attacked images itself keeps its attack.
     """
     if isinstance(config.method, AFD):
-        raise UsageError(f"matched: recipe {config.recipe} is AFD itself; takes another method's, such as vaft")
+        raise UsageError(
+            f"matched: recipe {config.recipe} is AFD itself; takes a recipe of another method, such as vaft"
+        )
     afd = released()
     attack = replace(config.attack, **vars(AFD_ATTACK)) if isinstance(config.attack, PGD) else config.attack
     return replace(config, matched=True, attack=attack, attack_bn=afd.attack_bn, sgd=afd.sgd, ema_decay=afd.ema_decay)
 
 
 def find_recipe(name: str) -> TrainConfig:
-    """The config of that name, or UsageError with the nearest one."""
+    """The config of that name. UsageError, with the most similar name, if there is none."""
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]()

@@ -47,7 +47,7 @@ def cos(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class Transcription:
     """The released script's batch: three SGD objects over two sets of parameters, written down as it stands there.
 
-    One difference: the third backward is taken at the weights of the forward pass, since the script's own, through
+    One difference: the third backward is taken at the weights of the forward pass, since the script's backward, through
     weights that the second optimizer has changed in place, is undefined on current PyTorch.
     Source: github.com/changzhang777/AFD, tl+sl.py (order of zeroing, backwards and steps; losses; EMA).
     """
@@ -104,8 +104,8 @@ class Transcription:
         ]
         for p in everything:
             p.grad = torch.zeros_like(p)
-        for found, optimizer in zip(grads, (self.opt1, self.opt2, self.opt), strict=True):
-            for p, grad in zip(everything, found, strict=True):
+        for optimizer_grads, optimizer in zip(grads, (self.opt1, self.opt2, self.opt), strict=True):
+            for p, grad in zip(everything, optimizer_grads, strict=True):
                 if grad is not None:
                     p.grad += grad
             optimizer.step()
@@ -235,7 +235,7 @@ def test_classifier_alpha_adds_gradient_to_the_classifier_and_nothing_to_the_val
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_features_set_the_type_and_autocast_has_no_say(dtype):
-    """Products in the features' type, losses in fp32, gradients in each operand's own type."""
+    """Products in the features' type, losses in fp32, each gradient in its operand's type."""
     g, t, y, d1, d2, w, b = operands(dtype=torch.float32)
     low, teacher = g.detach().to(dtype).requires_grad_(), t.detach().to(dtype)
 

@@ -99,8 +99,8 @@ def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
         for step in (reference, fast):
             step(*batch)
     assert_close(fast, reference)
-    said = capsys.readouterr().err
-    assert "not folded: torch.fx cannot trace it" in said and "the update is compiled in pieces: " in said
+    log_text = capsys.readouterr().err
+    assert "not folded: torch.fx cannot trace it" in log_text and "the update is compiled in pieces: " in log_text
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])

@@ -46,8 +46,8 @@ class OnTheCPU(Graphs):
         def replay():
             assert all(group["lr"] is rate for group, rate in zip(self.step.optimizer.param_groups, rates))
             grads = [p.grad for p in parameters]
-            for own, new in zip(outputs, self.run(*held)):
-                own.copy_(new.detach())
+            for output, new in zip(outputs, self.run(*held)):
+                output.copy_(new.detach())
             for p, grad in zip(parameters, grads):  # a replay sets no attribute
                 p.grad = grad
 
@@ -171,8 +171,8 @@ def test_what_cannot_be_recorded_runs_all_the_same(capsys):
 def test_which_optimizers_a_graph_can_have(build, scaled, reason):
     optimizer = build(tiny().parameters())
     fuse(optimizer)
-    found = needs_host(optimizer, scaled)
-    assert reason in found and bool(reason) == bool(found)
+    answer = needs_host(optimizer, scaled)
+    assert reason in answer and bool(reason) == bool(answer)
 
 
 @pytest.mark.gpu
@@ -238,7 +238,7 @@ def test_a_recorded_run_resumes_and_follows_the_learning_rate():
 @pytest.mark.gpu
 @needs_gpu
 def test_a_step_that_waits_cannot_be_recorded_and_runs_all_the_same():
-    """In a process of its own: a recording that breaks must leave neither the stream nor the generator behind it."""
+    """In a separate process: after a recording that fails, the stream and the generator are as before."""
     code = """
 import sys, torch
 sys.path.insert(0, "tests")

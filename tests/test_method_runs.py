@@ -1,16 +1,30 @@
-"""The other methods' recipes: their published settings, AFD's own conditions, and a whole run of each."""
+"""The other methods' recipes: their published settings, AFD's conditions, and a whole run of each."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from fastafd import train
+import fastafd
+from fastafd import cli, train
 from fastafd.attacks import PGD
-from fastafd.recipes import OF_OTHERS, find_recipe, matched
+from fastafd.console import Console
+from fastafd.data import ArraySplit, Augment
+from fastafd.data.loaders import ResidentLoader
+from fastafd.methods import Loss, Method
+from fastafd.models import build_model
+from fastafd.recipes import OF_OTHERS, RECIPES, find_recipe, matched
+from fastafd.settings import number, setting
+from fastafd.training import build
 from fastafd.training.optim import learning_rate
+from fastafd.training.step import TrainStep
 
 
 def test_published_settings_of_the_others():
@@ -49,21 +63,81 @@ def test_published_settings_of_the_others():
 
 @pytest.mark.parametrize("recipe", [recipe.__name__ for recipe in OF_OTHERS])
 def test_matched_is_afds_own_conditions(recipe):
-    own, afd = find_recipe(recipe), find_recipe("released")
-    ours = matched(own)
-    assert (ours.sgd, ours.attack_bn, ours.ema_decay, ours.method) == (afd.sgd, afd.attack_bn, 0.999, own.method)
-    assert type(ours.attack) is type(own.attack) and ours.attack.eps == afd.attack.eps
-    if isinstance(own.attack, PGD):
+    published, afd = find_recipe(recipe), find_recipe("released")
+    ours = matched(published)
+    assert (ours.sgd, ours.attack_bn, ours.ema_decay, ours.method) == (afd.sgd, afd.attack_bn, 0.999, published.method)
+    assert type(ours.attack) is type(published.attack) and ours.attack.eps == afd.attack.eps
+    if isinstance(published.attack, PGD):
         assert vars(ours.attack) == vars(afd.attack)
 
 
 def test_flags_go_over_what_is_matched(tmp_path):
-    given = train.parse(["--recipe", "vaft", "--matched", "--lr", "0.01", "--attack.steps", "3"])
-    assert (given.sgd.lr, given.attack.steps, given.attack.step_size, given.sgd.weight_decay) == (0.01, 3, 0.007, 1e-3)
+    config = train.parse(["--recipe", "vaft", "--matched", "--lr", "0.01", "--attack.steps", "3"])
+    assert (config.sgd.lr, config.attack.steps, config.attack.step_size, config.sgd.weight_decay) == (
+        0.01,
+        3,
+        0.007,
+        1e-3,
+    )
     written = tmp_path / "config.yaml"
     written.write_text("recipe: vaft\nmatched: true\nlr: 0.01\n")
     assert train.parse(["--config", str(written)]) == train.parse(["--recipe", "vaft", "--matched", "--lr", "0.01"])
     assert train.parse(["--recipe", "vaft"]).attack.step_size == 2 / 255
+
+
+@pytest.mark.parametrize(
+    "words, recipe, lr, gamma",
+    [
+        ("--recipe vaft --recipe paper", "paper", 0.0025, 25.0),  # the last one counts, as for every other flag
+        ("--recipe=vaft --lr 1 --recipe=paper --lr 2", "paper", 2.0, 25.0),
+        ("--lr 3 --config FILE", "paper", 3.0, 7.0),  # flags go over the file, wherever they stand
+        ("--config=FILE --lr 3", "paper", 3.0, 7.0),
+        ("--config FILE --recipe paper", "paper", 0.5, 7.0),
+        ("--gamma 4 --config FILE --config OTHER", "paper", 0.25, 4.0),  # the last file counts
+    ],
+)
+def test_both_flags_that_choose_the_recipe(words, recipe, lr, gamma, tmp_path):
+    (tmp_path / "FILE").write_text("recipe: paper\nlr: 0.5\ngamma: 7\n")
+    (tmp_path / "OTHER").write_text("lr: 0.25\n")
+    argv = words.replace("FILE", str(tmp_path / "FILE")).replace("OTHER", str(tmp_path / "OTHER")).split()
+    config = train.parse(argv)
+    assert (config.recipe, config.sgd.lr, config.method.gamma) == (recipe, lr, gamma)
+
+
+def test_a_new_method_is_one_class_and_one_recipe(capsys):
+    """No other file knows it: `TrainStep` trains a method that the registry does not list."""
+
+    @dataclass(frozen=True)
+    class Smoothed(Method):
+        label: ClassVar[str] = "smoothed"
+        smoothing: float = setting(0.1, "share of the other classes in a label", number(0, 1))
+
+        def loss(self, model, batch):
+            logits = model(batch.x_adv)
+            total = F.cross_entropy(logits, batch.y, label_smoothing=self.smoothing)
+            return Loss(total, {}, logits.detach())
+
+    config = replace(find_recipe("vaft"), recipe="smoothed", method=Smoothed(smoothing=0.2))
+    assert "smoothing: 0.2" in cli.to_yaml(config)
+    torch.manual_seed(0)
+    net = build_model("resnet8_half", 10)
+    loader = ResidentLoader(
+        ArraySplit(np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)),
+        n=8,
+        batch_size=4,
+        seed=0,
+        drop_last=True,
+        device=torch.device("cpu"),
+    )
+    step = build.build_step(config, net, loader, Augment(4, True, 0), Console())
+    assert type(step) is TrainStep and "loss" in step(*next(loader.epoch(0)))
+
+
+def test_every_method_has_the_step_of_the_registry():
+    """A method that makes its attacked images itself needs a step that does so."""
+    for recipe in RECIPES:
+        method = find_recipe(recipe).method
+        assert (type(method) in build.STEPS) == (not method.uses_recipe_attack), recipe
 
 
 SMALL = "--dataset imagefolder --arch resnet8 --batch-size 16 --epochs 1 --log-every 5 --eval-n 10 --autoattack-n 0"
@@ -91,8 +165,8 @@ def test_a_run_of_each_recipe(recipe, digit_tree, robust_run, tmp_path):
     if recipe == "pgd_at":
         out = robust_run
     else:
-        given = ["--recipe", recipe, "--matched", *more, "--data-dir", str(digit_tree), "--out", str(out)]
-        train.main([*SMALL.split(), *given])
+        flags = ["--recipe", recipe, "--matched", *more, "--data-dir", str(digit_tree), "--out", str(out)]
+        train.main([*SMALL.split(), *flags])
     result = json.loads((out / "result.json").read_text())
     label, begins = config.method.label, config.method.begins
     assert set(result["models"]) == {label} | ({begins} - {"scratch"})
@@ -103,24 +177,29 @@ def test_a_run_of_each_recipe(recipe, digit_tree, robust_run, tmp_path):
     assert ("gap_linf" in lines[-1]) == (begins == "natural") and ("own_gap_linf" in lines[-1]) == (recipe != "rift")
     assert load_file(out / "model.safetensors").keys() == load_file(robust_run / "model.safetensors").keys()
     if recipe == "rift":
-        found = result["rift"]
-        assert found["module"] in found["criticality"] and len(found["mixtures"]) == 11 and 0 <= found["share"] <= 1
-        assert len(found["criticality"]) == 10  # seven 3x3 convolutions, two shortcuts, the classifier
+        choices = result["rift"]
+        assert (
+            choices["module"] in choices["criticality"]
+            and len(choices["mixtures"]) == 11
+            and 0 <= choices["share"] <= 1
+        )
+        assert len(choices["criticality"]) == 10  # seven 3x3 convolutions, two shortcuts, the classifier
+    assert callable(fastafd.evaluate)  # training does not import the verb of the same name
     if recipe == "free_at":
         assert lines[-1]["step"] == 8 * (240 // 16)
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
-        ("--recipe rift --held-out 40", "begins with an adversarially trained model"),
-        ("--recipe pgd_at --pretrained example", "begins with fresh weights"),
-        ("--recipe arrest --attack.random-start false", "ARREST, which replays its noise"),
+        ("--recipe rift --held-out 40", "starts from an adversarially trained model"),
+        ("--recipe pgd_at --pretrained example", "starts from fresh weights"),
+        ("--recipe arrest --attack.random-start false", "got false, takes true with ARREST"),
         ("--recipe free_at --attack.steps 3", "no such flag"),
     ],
 )
-def test_mistakes(words, said, digit_tree, tmp_path):
+def test_mistakes(words, message, digit_tree, tmp_path):
     from fastafd.settings import UsageError
 
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         train.main([*SMALL.split(), *words.split(), "--data-dir", str(digit_tree), "--out", str(tmp_path / "x")])

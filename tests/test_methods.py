@@ -62,9 +62,9 @@ def test_method_is_its_transcription(recipe, engine):
         transcriptions.afkd(plain, data, draws(data))
         assert not torch.allclose(plain[-1].weight, literal[-1].weight, rtol=1e-3)  # replay makes a difference
     else:
-        found = transcription(literal, data, draws(data, normal=recipe == "trades"))
-        if found is not None:  # with D1
-            _, d1, d2, linear = found
+        layers = transcription(literal, data, draws(data, normal=recipe == "trades"))
+        if layers is not None:  # with D1
+            _, d1, d2, linear = layers
             torch.testing.assert_close(step.model.d2.weight, d2.weight, rtol=1e-9, atol=1e-11)
             linear.weight.data = linear.weight @ d1.weight
     assert not torch.allclose(start[-1].weight, literal[-1].weight)
@@ -88,8 +88,8 @@ def test_recorded_steps_are_the_reference(recipe):
             step.steps = step.steps if recipe != "arrest" else epoch - 1
             metrics = step(x.cuda(), y.cuda(), probe=True)
         both.append((step, metrics))
-    (reference, expected), (fast, found) = both
-    assert fast.graphs.works and len(fast.graphs.recorded) == 1 and found.keys() == expected.keys()
+    (reference, expected), (fast, measured) = both
+    assert fast.graphs.works and len(fast.graphs.recorded) == 1 and measured.keys() == expected.keys()
     assert_same(fast.averaged().merge(), reference.averaged().merge(), 1e-6)
 
 

@@ -10,7 +10,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-# A file or folder may import from itself and from the rows above its own, nothing else.
+# A file or folder may import from itself and from the rows above, nothing else.
 LAYERS = [
     ["settings", "console", "kernels"],
     ["files", "device", "capture"],

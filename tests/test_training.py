@@ -102,15 +102,15 @@ def test_f2_is_what_the_confused_features_alone_predict(whole_run, digit_tree):
     from fastafd.data import load_dataset, to_unit
 
     dataset = load_dataset("imagefolder", digit_tree)
-    found = json.loads((whole_run / "result.json").read_text())["models"]["AFD, f2"]["clean"]
+    clean = json.loads((whole_run / "result.json").read_text())["models"]["AFD, f2"]["clean"]
     state = load_run(whole_run / "last.pt")["step"]["ema"]["module"]
     model = fastafd.disentangle(fastafd.load_model(whole_run)).eval()
     model.load_state_dict(state)
-    indices = found["indices"]
+    indices = clean["indices"]
     with torch.no_grad():
         f2 = model.d2(model.features(to_unit(torch.from_numpy(dataset.test.images(indices)))))
         right = model.classifier(f2).argmax(1) == torch.from_numpy(dataset.test.labels[indices])
-    assert found["correct"] == int(right.sum())
+    assert clean["correct"] == int(right.sum())
 
 
 def test_saved_model_is_the_merged_average(whole_run):
@@ -236,9 +236,9 @@ def test_out_of_memory_says_what_to_do_and_the_last_state_stays(
     out = tmp_path / "full"
     with pytest.raises(RunError) as stopped:
         train.main(arguments(digit_tree, out))
-    said = str(stopped.value)
-    assert words in said and "a smaller --batch-size than 16, or 16 bits (--amp bf16)" in said
-    assert said.endswith(f"{out / 'last.pt'} keeps the last good state")
+    message = str(stopped.value)
+    assert words in message and "a smaller --batch-size than 16, or 16 bits (--amp bf16)" in message
+    assert message.endswith(f"{out / 'last.pt'} keeps the last good state")
     assert load_run(out / "last.pt")["progress"]["steps"] == 15
 
 
