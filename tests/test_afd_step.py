@@ -45,10 +45,10 @@ def cos(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class Transcription:
-    """The released script's batch: three SGD objects over two sets of parameters, written down as it stands there.
+    """One batch of the released script, written down as it is there: three SGD objects over two sets of parameters.
 
-    One difference: the third backward is taken at the weights of the forward pass, since the script's backward, through
-    weights that the second optimizer has changed in place, is undefined on current PyTorch.
+    One difference: here the third backward pass uses the weights of the forward pass. In the script it goes through
+    weights that the second optimizer has changed in place, which current PyTorch refuses.
     Source: github.com/changzhang777/AFD, tl+sl.py (order of zeroing, backwards and steps; losses; EMA).
     """
 
@@ -115,7 +115,10 @@ class Transcription:
 
 
 def run_both(weight_decay: float, steps: int = 20, lr: float = 0.025):
-    """Twenty steps of the transcription and of AFDStep from one state and one noise: their states and averages."""
+    """Twenty steps of the transcription and of AFDStep from the same state and noise.
+
+    Returns their states and averages.
+    """
     net = small_net(1)
     literal = Transcription(net, lr, weight_decay)
     model = fastafd.disentangle(net)
@@ -151,14 +154,17 @@ def test_released_step_is_the_three_optimizer_script_without_weight_decay():
 
 
 def test_released_step_is_the_three_optimizer_script_but_for_the_intermediate_weight_decay():
-    """The script's second optimizer decays weights that the first has moved: of the order lr * weight decay."""
+    """The script's second optimizer decays weights that the first one has moved.
+
+    The effect is about lr * weight decay.
+    """
     literal, ours, mean = run_both(weight_decay=5e-4)
     assert overall(ours, literal.state()) < 1e-5
     assert overall(mean, literal.ema) < 1e-5
 
 
-def test_the_transcription_tells_the_paper_recipe_apart():
-    """The comparison can fail: Eq. 6 as printed is another update."""
+def test_the_transcription_is_not_the_paper_recipe():
+    """The comparison can fail: the paper's recipe (Eq. 6 as printed) makes another update."""
     net = small_net(1)
     literal = Transcription(net, 0.025, 0.0)
     model = fastafd.disentangle(net)
@@ -209,10 +215,10 @@ def test_afd_loss_is_equation_six_with_its_stops():
     torch.testing.assert_close(out.logits, z1.detach())
     out.total.backward()
     (d2_only,) = torch.autograd.grad(0.3 * confused, d2, retain_graph=True)
-    torch.testing.assert_close(d2.grad, d2_only)  # Eq. 4's second argument is stopped
+    torch.testing.assert_close(d2.grad, d2_only)  # Eq. 4 stops the gradient of its second argument
     stopped = 0.7 * -(1 - cos(f1, f2.detach())) + cross_entropy + 2 * (1 - cos(f1, t.detach()))
     for leaf, grad in zip((g, d1, w, b), torch.autograd.grad(stopped, (g, d1, w, b)), strict=True):
-        torch.testing.assert_close(leaf.grad, grad)  # Eq. 3 reaches none of these
+        torch.testing.assert_close(leaf.grad, grad)  # Eq. 3 gives none of these a gradient
     assert t.grad is None
 
 
@@ -234,8 +240,8 @@ def test_classifier_alpha_adds_gradient_to_the_classifier_and_nothing_to_the_val
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_features_set_the_type_and_autocast_has_no_say(dtype):
-    """Products in the features' type, losses in fp32, each gradient in its operand's type."""
+def test_the_type_of_the_features_decides_and_autocast_changes_nothing(dtype):
+    """Products are computed in the features' type, losses in fp32, and each gradient has its operand's type."""
     g, t, y, d1, d2, w, b = operands(dtype=torch.float32)
     low, teacher = g.detach().to(dtype).requires_grad_(), t.detach().to(dtype)
 
@@ -260,8 +266,8 @@ def test_edge_batches_stay_finite():
     g, t, y, d1, d2, w, b = operands()
     with torch.no_grad():
         g[0] = 0  # a zero vector has no direction
-        w *= 1e4  # logits of any size
-    out = afd_loss(g, t, torch.zeros_like(y), d1, d2, w, b)  # and one class alone
+        w *= 1e4  # very large logits
+    out = afd_loss(g, t, torch.zeros_like(y), d1, d2, w, b)  # and all labels are the same class
     out.total.backward()
     assert out.total.isfinite() and all(leaf.grad.isfinite().all() for leaf in (g, d1, d2, w, b))
 
@@ -276,11 +282,11 @@ def test_wrong_shapes_are_named(name, shape):
         afd_loss(**arguments)
 
 
-# -- the step in a foreign loop -----------------------------------------------------------------------------------
+# -- the step in a user's loop -------------------------------------------------------------------------------------
 
 
 def test_afd_step_in_a_plain_loop_with_a_torchvision_classifier():
-    """What README shows: somebody else's loop and network, uint8 images, no fastafd loader."""
+    """As in the README: a user's loop and network, uint8 images, no fastafd loader."""
     import torchvision
 
     torch.manual_seed(0)
@@ -298,7 +304,9 @@ def test_afd_step_in_a_plain_loop_with_a_torchvision_classifier():
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics[0].values())
     assert {"loss", "confused", "exclusion", "cross_entropy", "alignment", "adversarial_accuracy"} == set(metrics[0])
     assert metrics[-1]["cross_entropy"] < metrics[0]["cross_entropy"]
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())  # the teacher stands still
+    assert all(
+        torch.equal(before[name], value) for name, value in net.state_dict().items()
+    )  # the teacher does not change
     robust = step.averaged().merge().eval()
     assert type(robust) is type(net)
     torchvision.models.resnet18(num_classes=4).load_state_dict(robust.state_dict())
@@ -307,7 +315,7 @@ def test_afd_step_in_a_plain_loop_with_a_torchvision_classifier():
 
 
 def test_first_step_starts_from_the_natural_model():
-    """Identity D1, D2: before training the attacked model is the natural one, and f1 = f2 = g makes the exclusion 0."""
+    """D1 and D2 start as identities: the attacked model is the natural one, and f1 = f2 makes the exclusion loss 0."""
     net = small_net(2).eval()
     model = fastafd.disentangle(net)
     x, y = batches(1)[0]
@@ -375,7 +383,7 @@ def test_uint8_batches_of_either_layout_are_the_same_pixels(padding):
 
 
 def test_the_fast_engine_puts_a_network_into_channels_last_and_says_so(capsys):
-    """In place, with what the optimizer and the average keep; the reference engine leaves it alone."""
+    """In place, with the optimizer's state and the average. The reference engine does not change the layout."""
 
     def last(tensor: torch.Tensor) -> bool:
         return tensor.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The fast engine against the reference: the compiled step, its resume, and what it cannot take."""
+"""The fast engine compared with the reference engine: the compiled step, resuming, and what it refuses."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fastafd.verification.kernel_checks import Watch
 
 @pytest.fixture(scope="module")
 def trained():
-    """Both engines after the same steps, probed at the last; no recompile after the first, and no graph breaks."""
+    """Both engines after the same steps, the last one with a probe; nothing is recompiled, and no graph breaks."""
     pair, metrics = {}, {}
-    torch._dynamo.reset()  # what other tests have compiled would not be compiled again
+    torch._dynamo.reset()  # else code that other tests compiled would not be compiled again
     torch._dynamo.utils.counters.clear()
     for engine in ("reference", "fast"):
         step = pair[engine] = afd_step(tiny(), engine)
@@ -53,7 +53,7 @@ def test_fast_step_is_the_reference(trained):
 
 
 def test_each_kernel_is_called_by_a_fast_step(trained):
-    """Calls of a step with two attack steps: one augmentation, a head and an ascent an attack step, one loss."""
+    """The calls of a step with two attack steps: one augmentation, one head and one ascent an attack step, one loss."""
     _, fast, _ = trained
     with torch.profiler.profile() as profile:
         fast(*batches(1)[0])
@@ -86,7 +86,7 @@ def test_fast_run_resumes_bit_for_bit(trained):
         resumed(*batch)
     for name, value in state_of(resumed).items():
         assert torch.equal(value, expected[name]), name
-    reference = afd_step(tiny(), "reference")  # takes over from the fast engine, and is taken over by it
+    reference = afd_step(tiny(), "reference")  # loads the fast engine's state, and the fast engine loads its state
     reference.load_state_dict(held)
     for batch in more:
         reference(*batch)
@@ -105,7 +105,7 @@ def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_the_average_compiled_with_a_tensor_weight(dtype, tolerance):
-    """As a GPU runs it, to the precision of the weights; a CPU's fast step takes the average as it is."""
+    """A GPU runs the compiled average; it must agree to the precision of the weights. A CPU runs the eager one."""
     net = tiny(dtype=dtype)
     step = afd_step(net, "fast")
     average, live = EMA(step.model, 0.99), [*step.model.parameters(), *step.model.buffers()]
@@ -118,7 +118,7 @@ def test_the_average_compiled_with_a_tensor_weight(dtype, tolerance):
                 value.add_(1)
         average.move(weight)
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
-            # On CUDA a tensor from a recorded step, a number from one whose optimizer cannot be recorded.
+            # On CUDA the weight is a tensor in a recorded step, and a number if the optimizer cannot be recorded.
             step.engine.average(weight if index % 2 else torch.tensor(weight, dtype=dtype))
     assert step.ema.module.backbone.bn1.num_batches_tracked == 4
     for a, b in zip(average.module.state_dict().values(), step.ema.module.state_dict().values(), strict=True):
@@ -126,7 +126,7 @@ def test_the_average_compiled_with_a_tensor_weight(dtype, tolerance):
 
 
 class Reads(TorchDispatchMode):
-    """Notes operations that read the teacher's features while its stream has not been waited for."""
+    """Notes operations that read the teacher's features before the current stream waited for the teacher's stream."""
 
     def __init__(self, engine):
         super().__init__()
@@ -148,7 +148,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("recipe", ["released", "afkd", "arrest", "vaft"])
 def test_nothing_reads_the_teachers_features_before_its_stream_is_waited_for(recipe, monkeypatch):
-    """By stand-ins for streams, with a probe and without one, as where there is no graph."""
+    """Stand-ins take the place of streams. With and without a probe, in a step without a CUDA graph."""
     waits = []
     here = SimpleNamespace(wait_stream=lambda other: waits.append((here, other)))
     side = SimpleNamespace(wait_stream=lambda other: waits.append((side, other)))
@@ -173,8 +173,8 @@ def test_nothing_reads_the_teachers_features_before_its_stream_is_waited_for(rec
             for index, batch in enumerate(batches(2)):
                 step(*batch, probe=index == 1)
     assert reads.reads and not reads.early
-    taught = 2 if config.method.uses_teacher else 1  # by the probe alone
-    assert waits == taught * [(side, here), (here, side)]
+    uses = 2 if config.method.uses_teacher else 1  # the probe alone uses the features
+    assert waits == uses * [(side, here), (here, side)]
 
 
 def test_cudnn_may_try_its_algorithms_where_there_is_no_graph(monkeypatch):
@@ -192,7 +192,7 @@ def test_cudnn_may_try_its_algorithms_where_there_is_no_graph(monkeypatch):
 
 
 def test_the_reference_engine_launches_no_kernel():
-    """Where operations launch kernels, plain PyTorch must not: else a wrong kernel would prove itself right."""
+    """Even where operations launch kernels, the reference engine must not: a wrong kernel would prove itself right."""
     with kernels_on_a_cpu(), uncompiled():
         launches = {}
         for engine in ("reference", "fast"):

@@ -1,4 +1,4 @@
-"""Free-AT, FGSM with GradAlign and ATAS, beside literal transcriptions in float64, and stopped in between."""
+"""Free-AT, FGSM with GradAlign and ATAS: compared with literal transcriptions in float64, and stopped and resumed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_fgsm_with_grad_align_is_its_transcription():
     assert 0 < metrics["misalignment"] < 2
 
 
-def test_misalignment_leaves_out_what_has_no_gradient():
+def test_misalignment_ignores_images_without_a_gradient():
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     v = torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 3.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     mean = misalignment(u, v)
@@ -90,7 +90,7 @@ def atas_step(net: nn.Module, loader: Loader, epochs: int, **fields) -> ATASStep
 
 
 def test_atas_is_its_transcription():
-    """Four epochs: a warm-up, adaptive steps, a redraw before the third, one more; crops, flips, per-image state."""
+    """Four epochs: a warm-up, adaptive steps, new perturbations before the third, one more; with crops and flips."""
     literal, loader, epochs = small_net(), Images(3 * BATCH), 4
     step = atas_step(literal, loader, epochs, step_c=0.05)
     augment, data = Augment(1, True, 0), []
@@ -106,7 +106,7 @@ def test_atas_is_its_transcription():
     first, again = (
         torch.empty(loader.n, 3, 10, 10, dtype=torch.float64).uniform_(-EPS, EPS, generator=generator) for _ in range(2)
     )
-    # Pixels of the batch are float32 divisions by 255 in either.
+    # Both divide the pixels by 255 in float32.
     deltas, v = transcriptions.atas(
         literal, data, [first], [0.1] * epochs, resets={2: again}, padding=1, warmup=1, c=0.05
     )
@@ -114,14 +114,15 @@ def test_atas_is_its_transcription():
     torch.testing.assert_close(step.deltas, deltas, rtol=0, atol=1e-9)
     torch.testing.assert_close(step.squares, v, rtol=1e-7, atol=1e-15)
     lengths = step.method.step_sizes(step.squares).flatten()
-    assert (
-        (lengths > 4 / 255 + 1e-6) & (lengths < 14 / 255 - 1e-6)
-    ).any()  # some are neither at the one bound nor the other
+    assert ((lengths > 4 / 255 + 1e-6) & (lengths < 14 / 255 - 1e-6)).any()  # some step lengths lie between both bounds
 
 
 @pytest.mark.parametrize("kind", ["free", "atas", "grad_align"])
-def test_what_outlives_a_batch_is_resumed(kind, tmp_path):
-    """A stop in the middle of an epoch, and of a batch's passes: the same weights and state, bit for bit."""
+def test_perturbations_that_are_kept_are_resumed(kind, tmp_path):
+    """A stop in the middle of an epoch, and between two passes over a batch.
+
+    The same weights and state, bit for bit.
+    """
     from fastafd.checkpoint import load_run, save_run
 
     images = Images(3 * BATCH)

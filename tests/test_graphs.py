@@ -1,4 +1,4 @@
-"""Steps launched by CUDA graphs: in the place of a GPU by a stand-in for a recording, and on one."""
+"""Steps launched through CUDA graphs: on a CPU with a stand-in for the recording, and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastafd.training.step import TrainStep
 
 
 class OnTheCPU(Graphs):
-    """Graphs for a machine without CUDA: a recording computes nothing, and its replay writes into the same outputs."""
+    """`Graphs` without CUDA: a recording computes nothing, and a replay writes into the same output tensors."""
 
     def __init__(self, step):
         self.run, self.console, self.calls, self.recorded, self.works = step._recorded, step.console, {}, {}, True
@@ -48,14 +48,14 @@ class OnTheCPU(Graphs):
             grads = [p.grad for p in parameters]
             for output, new in zip(outputs, self.run(*held)):
                 output.copy_(new.detach())
-            for p, grad in zip(parameters, grads):  # a replay sets no attribute
+            for p, grad in zip(parameters, grads):  # a replay assigns no attribute, it writes into tensors
                 p.grad = grad
 
         return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
 
 
 def test_launches_by_graphs_are_the_step():
-    """Inputs, learning rates and the average's weight reach a recording; metrics are not overwritten by the next."""
+    """A replay uses new inputs, learning rates and average weights; the next replay does not overwrite metrics."""
     plain, replayed = (afd_step(tiny(), "fast") for _ in range(2))
     replayed._replay(OnTheCPU(replayed))
     kept = {plain: [], replayed: []}
@@ -77,15 +77,17 @@ def test_launches_by_graphs_are_the_step():
     for step in (plain, replayed):
         for batch in batches(WARM_UPS + 1):
             step(*batch)
-    assert replayed.graphs.replays == 4 + WARM_UPS + 1 and len(replayed.graphs.recorded) == 1  # the one from before
+    assert (
+        replayed.graphs.replays == 4 + WARM_UPS + 1 and len(replayed.graphs.recorded) == 1
+    )  # the recording from before
     assert_close(replayed, plain, 1e-5)
-    for step in (plain, replayed):  # the optimizer alone, by its user: its tensors are others now
+    for step in (plain, replayed):  # the user loads the optimizer's state, so its tensors are others now
         step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
         for batch in batches(WARM_UPS + 1):
             step(*batch)
     assert replayed.graphs.replays == 4 + WARM_UPS + 2
     assert_close(replayed, plain, 1e-5)
-    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.5  # a recording has the old one
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.5  # the recording has the old value
     for step in (plain, replayed):
         step.load_state_dict(copy.deepcopy(state))
         for batch in batches(WARM_UPS + 1):
@@ -95,7 +97,7 @@ def test_launches_by_graphs_are_the_step():
 
 
 def test_a_resumed_run_records_once():
-    """The state is loaded before the first step: its tensors are those that warm-ups and recording then use."""
+    """The state is loaded before the first step, so the warm-ups and the recording use its tensors."""
     first, second = (afd_step(tiny(), "fast") for _ in range(2))
     first(*batches(1)[0])
     second._replay(OnTheCPU(second))
@@ -116,7 +118,7 @@ def test_a_resumed_run_records_once():
     ],
 )
 def test_an_optimizer_is_restored_in_place(optimizer):
-    """As by load_state_dict, but into the tensors that are there; and it says whether there was anything else."""
+    """`restore` loads like load_state_dict, but into the existing tensors; False tells that something else changed."""
 
     def train(optimizer, steps):
         for _ in range(steps):
@@ -141,7 +143,7 @@ def test_an_optimizer_is_restored_in_place(optimizer):
     assert not restore(other, optimizer([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]).state_dict())
 
 
-def test_what_cannot_be_recorded_runs_all_the_same(capsys):
+def test_a_step_that_cannot_be_recorded_still_runs(capsys):
     class Refuses(OnTheCPU):
         def _record(self, *inputs):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -179,7 +181,7 @@ def test_which_optimizers_a_graph_can_have(build, scaled, reason):
 @needs_gpu
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
 def test_recorded_steps_are_the_compiled_ones_and_wait_for_nothing(amp, monkeypatch):
-    """Recording changes nothing; a replay neither waits nor launches anything but the graph and its inputs."""
+    """Recording changes no result; a replay does not wait, and launches only the graph and the copies of its inputs."""
     plain, recorded = (afd_step(tiny(dtype=torch.float32), "fast", "cuda", amp=amp) for _ in range(2))
     plain.graphs.works = False
     for step in (plain, recorded):
@@ -224,7 +226,7 @@ def test_a_recorded_run_resumes_and_follows_the_learning_rate():
     for step in (first, second):
         for index, batch in enumerate(some[WARM_UPS + 2 :]):
             for group in step.optimizer.param_groups:
-                group["lr"] = 0.0 if index == WARM_UPS + 1 else 0.01  # a replay in both
+                group["lr"] = 0.0 if index == WARM_UPS + 1 else 0.01  # both steps are replays
             before = step.model.d1.weight.clone()
             step(*batch)
             assert torch.equal(before, step.model.d1.weight) == (index == WARM_UPS + 1)
@@ -237,7 +239,7 @@ def test_a_recorded_run_resumes_and_follows_the_learning_rate():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_step_that_waits_cannot_be_recorded_and_runs_all_the_same():
+def test_a_step_that_waits_cannot_be_recorded_and_still_runs():
     """In a separate process: after a recording that fails, the stream and the generator are as before."""
     code = """
 import sys, torch

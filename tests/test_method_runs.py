@@ -28,7 +28,7 @@ from fastafd.training.step import TrainStep
 
 
 def test_published_settings_of_the_others():
-    """The numbers of their sources, once more, so that a slip in a recipe is seen."""
+    """The numbers of the sources, written a second time, so that a wrong number in a recipe shows."""
     of = {recipe.__name__: recipe() for recipe in OF_OTHERS}
     for name in ("vaft", "afkd", "arrest"):
         config = of[name]
@@ -62,7 +62,7 @@ def test_published_settings_of_the_others():
 
 
 @pytest.mark.parametrize("recipe", [recipe.__name__ for recipe in OF_OTHERS])
-def test_matched_is_afds_own_conditions(recipe):
+def test_matched_takes_the_conditions_of_afd(recipe):
     published, afd = find_recipe(recipe), find_recipe("released")
     ours = matched(published)
     assert (ours.sgd, ours.attack_bn, ours.ema_decay, ours.method) == (afd.sgd, afd.attack_bn, 0.999, published.method)
@@ -71,7 +71,7 @@ def test_matched_is_afds_own_conditions(recipe):
         assert vars(ours.attack) == vars(afd.attack)
 
 
-def test_flags_go_over_what_is_matched(tmp_path):
+def test_flags_override_the_matched_settings(tmp_path):
     config = train.parse(["--recipe", "vaft", "--matched", "--lr", "0.01", "--attack.steps", "3"])
     assert (config.sgd.lr, config.attack.steps, config.attack.step_size, config.sgd.weight_decay) == (
         0.01,

@@ -1,4 +1,4 @@
-"""Each method against its formulas: steps in float64 from one state and one noise, beside a literal transcription."""
+"""Each method compared with a literal transcription of its source: float64 steps from the same state and noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastafd.training.step import TrainStep
 
 BOTH = ("reference", "fast")
 STEPS = 12
-EPOCHS = [10] * 8 + [11] * 4  # of the batches, counted from 1: noisy replay ends after the tenth
+EPOCHS = [10] * 8 + [11] * 4  # the epoch of each batch, from 1; noisy replay ends after the tenth epoch
 
 
 def step_of(recipe: str, net: nn.Module, engine: str = "reference") -> TrainStep:
@@ -60,27 +60,27 @@ def test_method_is_its_transcription(recipe, engine):
         assert True in replayed[:8] and False in replayed[:8]
         plain = copy.deepcopy(start)
         transcriptions.afkd(plain, data, draws(data))
-        assert not torch.allclose(plain[-1].weight, literal[-1].weight, rtol=1e-3)  # replay makes a difference
+        assert not torch.allclose(plain[-1].weight, literal[-1].weight, rtol=1e-3)  # noisy replay changes the result
     else:
         layers = transcription(literal, data, draws(data, normal=recipe == "trades"))
-        if layers is not None:  # with D1
+        if layers is not None:  # the transcription has D1
             _, d1, d2, linear = layers
             torch.testing.assert_close(step.model.d2.weight, d2.weight, rtol=1e-9, atol=1e-11)
             linear.weight.data = linear.weight @ d1.weight
     assert not torch.allclose(start[-1].weight, literal[-1].weight)
-    # With weight decay, of two optimizers that are one here (vaft_d), up to what the released order leaves undefined.
+    # vaft_d: the two optimizers of the source are one here, so the weights agree up to the order of weight decay.
     assert_same(step.averaged().merge(), literal)
     wanted = {"own_gap_linf", "clean_accuracy"} | ({"gap_linf"} if step.has_teacher else set())
     assert (
         wanted <= metrics.keys()
-    )  # the distance from natural features, whether or not a method looks at them (Fig. 1a)
+    )  # the distance from natural features (Fig. 1a), also for methods that do not use them
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", ["vaft", "afkd", "arrest", "vaft_d", "pgd_at", "trades"])
 def test_recorded_steps_are_the_reference(recipe):
-    """In float64: warm-up, recording, replays; noisy replay while its epochs last and after."""
+    """In float64: warm-ups, a recording, replays; ARREST during and after the epochs of noisy replay."""
     both = []
     for engine in BOTH:
         step = step_of(recipe, small_net().cuda(), engine)
@@ -100,7 +100,7 @@ def test_what_the_fast_engine_does_not_run_says_so(capsys):
 
 
 def test_an_attack_of_another_class_is_not_replaced_by_pgd():
-    """The fast engine climbs on a snapshot by itself; a class that it does not know may climb along something else."""
+    """The fast engine computes the attack's gradient itself, so it refuses a class that may climb another gradient."""
 
     class Untargeted(PGD):
         def ascent(self, classifier, x, y):
@@ -116,7 +116,7 @@ def test_an_attack_of_another_class_is_not_replaced_by_pgd():
 
 @pytest.mark.parametrize("head", ["pooled", "flat"])
 def test_a_snapshot_climbs_away_from_probabilities(head):
-    """The gradient of TRADES' divergence, on a network that ends in ReLU and pool and on one that does not."""
+    """The gradient of TRADES' divergence, for networks with and without a ReLU and a pool at the end."""
     body = small_net()[:3]
     net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten()) if head == "pooled" else small_net()[:-1]
     linear = nn.Linear(8 if head == "pooled" else 32, 5).double()
@@ -144,5 +144,5 @@ def test_the_kl_attack_climbs_the_divergence():
         gained = F.kl_div(attacked, clean, reduction="sum", log_target=True)
         assert (
             gained > 10 * F.kl_div(other, clean, reduction="sum", log_target=True) > 0
-        )  # than uniform noise of its size
-    assert torch.equal(attack(net, x, 0 * y, torch.Generator().manual_seed(0)), x_adv)  # whatever the labels
+        )  # more than uniform noise of the same size
+    assert torch.equal(attack(net, x, 0 * y, torch.Generator().manual_seed(0)), x_adv)  # labels do not matter

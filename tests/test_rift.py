@@ -1,4 +1,4 @@
-"""RiFT: criticality, the tuning of one module and mixing beside transcriptions, and what is held out."""
+"""RiFT: criticality, fine-tuning of one module and mixing, compared with transcriptions; the held-out images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastafd.training.step import TrainStep
 def test_criticality_is_its_transcription():
     net = small_net().eval()
     x, y = batches(1)[0]
-    for radius in (0.1, 1e-3):  # the ball does not bind, and binds
+    for radius in (0.1, 1e-3):  # a ball that does not limit the weight, and one that does
         ours = criticality(net, x, y, radius=radius, climbs=4, batch_size=BATCH, console=Console())
         literal = transcriptions.rift_criticality(net, x, y, steps=4, radius=radius)
         assert list(ours) == list(literal) == ["0", "5"]

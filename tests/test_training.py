@@ -1,4 +1,4 @@
-"""The training loop as a user meets it: a run folder, killing and resuming, signals, NaN, full disks."""
+"""The training loop: the run folder, kills and resumes, signals, NaN losses, full disks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def start(tree: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(out: Path, steps: int) -> None:
-    """Until the run has logged that many steps."""
+    """Wait until the run has logged that many steps."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = out / "metrics.jsonl"
@@ -94,7 +94,7 @@ def test_run_folder(whole_run):
     wanted |= {f"{gap}_{norm}" for gap in ("gap", "own_gap") for norm in ("l1", "l2", "linf", "cosine")}
     assert wanted | {"epoch", "lr", "images_s", "seconds"} <= set(lines[-1])
     assert {"data", "attack", "update", "teacher", "ema"} <= set(lines[-1]["seconds"])
-    assert lines[-1]["lr"] == pytest.approx(0.025 * 0.2)  # the last of four epochs begins at 0.75 of the run
+    assert lines[-1]["lr"] == pytest.approx(0.025 * 0.2)  # the last of four epochs starts at 0.75 of the run
     assert json.loads((whole_run / "env.json").read_text())["versions"]["torch"] == torch.__version__
 
 
@@ -123,7 +123,7 @@ def test_saved_model_is_the_merged_average(whole_run):
 
 
 def test_fine_tuning_from_the_pretrained_cache_is_the_same_run(whole_run, digit_tree, tmp_path, capsys):
-    """The second run finds the natural model instead of training it again."""
+    """The second run loads the natural model from the cache instead of training it again."""
     train.main(arguments(digit_tree, tmp_path / "again"))
     assert "natural pre-training" not in capsys.readouterr().err
     assert_same_run(tmp_path / "again", whole_run)
@@ -158,7 +158,7 @@ def test_a_signal_saves_at_the_next_step_and_exits_75(number, whole_run, digit_t
 
 
 def test_a_second_interrupt_stops_at_once(digit_tree, tmp_path):
-    """The loop only looks at the flag between steps; the second SIGINT does not wait for that."""
+    """The loop reads the flag between steps; the second SIGINT does not wait for the end of the step."""
     out = tmp_path / "twice"
     process = start(digit_tree, out, "--attack.steps", "2000")
     deadline = time.monotonic() + 120
@@ -242,7 +242,7 @@ def test_out_of_memory_says_what_to_do_and_the_last_state_stays(
     assert load_run(out / "last.pt")["progress"]["steps"] == 15
 
 
-def test_another_error_of_a_step_stays_what_it_is(whole_run, digit_tree, tmp_path, monkeypatch):
+def test_another_error_of_a_step_is_not_reported_as_out_of_memory(whole_run, digit_tree, tmp_path, monkeypatch):
     def fails(self, *batch, **named):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -252,7 +252,7 @@ def test_another_error_of_a_step_stays_what_it_is(whole_run, digit_tree, tmp_pat
 
 
 def test_the_teacher_is_part_of_the_run(whole_run, digit_tree, tmp_path, monkeypatch, capsys):
-    """A resumed run finds its natural model in its folder, whatever became of the file or the cache it came from."""
+    """A resumed run loads the teacher from its folder, even if the file or the cache that it came from is gone."""
     import shutil
 
     out = tmp_path / "moved"
@@ -283,7 +283,7 @@ def test_a_signal_during_the_last_save_is_not_lost(digit_tree, tmp_path, monkeyp
     with pytest.raises(Stopped, match="after step 60"):
         train.main(arguments(digit_tree, out))
     assert not (out / "model.safetensors").exists() and saved[-1] == 60
-    assert not issubclass(Stopped, Exception)  # what recovers from errors must not catch it
+    assert not issubclass(Stopped, Exception)  # code that recovers from errors must not catch it
 
 
 def test_stopping_in_pre_training_leaves_a_run_to_resume(digit_tree, tmp_path, monkeypatch):
@@ -320,7 +320,7 @@ def test_resume_refuses_other_data(whole_run, digit_tree, tmp_path):
 
 
 def test_resume_takes_a_copy_of_the_data(whole_run, digit_tree, tmp_path):
-    """Staged to another place, with other modification times."""
+    """The data may lie in another folder and have other modification times."""
     import shutil
 
     out, tree = tmp_path / "copy", tmp_path / "tree"
