@@ -55,14 +55,14 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
     return build(defaults, {name: args[name] for name, _, _ in listed})
 
 
-def take(argv: list[str], *flags: str) -> tuple[dict[str, list[str]], list[str]]:
+def take(argv: list[str], flags: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
     """The values of each of the flags in `argv`, in order, and the remaining words.
 
-    UsageError for a flag without one.
+    flags: what each flag takes, such as {"--recipe": "a recipe"}. Raises UsageError for a flag without a value.
     """
     parser = _FirstParser(add_help=False, allow_abbrev=False)
-    for flag in flags:
-        parser.add_argument(flag, dest=flag, action="append", default=[])
+    for flag, takes in flags.items():
+        parser.add_argument(flag, dest=flag, metavar=takes, action="append", default=[])
     values, rest = parser.parse_known_args(argv)
     return vars(values), rest
 
@@ -182,7 +182,8 @@ class _FirstParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"argument (\S+):", message)
-        raise UsageError(f"{flag[1]}: takes a value" if flag else message)
+        takes = {action.dest: action.metavar for action in self._actions}
+        raise UsageError(f"{flag[1]}: takes {takes[flag[1]]}" if flag else message)
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -195,7 +196,7 @@ class _Parser(jsonargparse.ArgumentParser):
         unknown_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
         without_value = re.search(r"argument (\S+): expected one argument", message)
         if unrecognised and not unrecognised[1].startswith("-"):
-            raise UsageError(f"{unrecognised[1]}: no flag stands before it; the run folder to evaluate comes first")
+            raise UsageError(f"{unrecognised[1]}: no flag stands before it")
         if unrecognised:
             got = unrecognised[1].split("=")[0]
             near = _nearest(got.removeprefix("--").replace("-", "_"), names)

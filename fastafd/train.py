@@ -188,7 +188,7 @@ def starting_weights(
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
     """The config and the run folder that the command line asks for; a resumed run keeps its config and folder."""
-    flags, rest = cli.take(argv, "--resume")
+    flags, rest = cli.take(argv, {"--resume": "a run folder"})
     if flags["--resume"]:
         if len(flags["--resume"]) > 1 or rest:
             raise UsageError("resume: takes one run folder and no other flag, since a resumed run keeps its settings")
@@ -216,7 +216,7 @@ def pretraining(config: TrainConfig) -> PretrainConfig:
 
 def parse(argv: list[str]) -> TrainConfig:
     """The config: the recipe that `--recipe`, or else the `--config` file, names, changed by the file and the flags."""
-    flags, rest = cli.take(argv, "--recipe", "--config")
+    flags, rest = cli.take(argv, {"--recipe": "the name of a recipe", "--config": "a YAML file of settings"})
     names = [cli.read_yaml(Path(file)).get("recipe") for file in flags["--config"] if Path(file).is_file()]
     names = [name for name in names if name is not None] + flags["--recipe"][-1:]
     if len(set(names)) > 1:

@@ -217,7 +217,7 @@ def test_an_update_that_fp16_skips_leaves_momentum_as_it_was():
 def test_a_state_of_another_kind_of_device():
     step = afd_step(tiny(), "reference")
     state = step.state_dict() | {"cuda_rng": torch.get_rng_state()}
-    with pytest.raises(UsageError, match="device: got cpu, and the state to go on from is that of a step on a GPU"):
+    with pytest.raises(UsageError, match="device: got cpu, and the saved state is that of a step on a GPU"):
         step.load_state_dict(state)
 
 
