@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastafd.kernels import lazy
-from fastafd.kernels.lazy import OPERATIONS, Operation
+from fastafd.kernels import operation as operations
+from fastafd.kernels.operation import OPERATIONS, Operation
 from fastafd.methods import Batch, Loss
 from fastafd.training.engine import Fast
 
@@ -40,7 +40,7 @@ def kernels_on_a_cpu(**wrong: Callable[..., Any]) -> Iterator[None]:
 
     def is_fused(self: Operation, operands: tuple[Any, ...]) -> bool:
         wide = any(isinstance(operand, Tensor) and operand.dtype == torch.float64 for operand in operands)
-        return not wide and not lazy._references_wanted
+        return not wide and not operations._references_wanted
 
     kernels = {name: operation.fused for name, operation in OPERATIONS.items()}
     with mock.patch.object(Operation, "is_fused", is_fused):

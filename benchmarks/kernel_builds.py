@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernel_builds [--out FILE]
 
-Runs the launchers on empty tensors over every type and a grid of sizes, notes what each would launch, compiles
-all of it with Triton ahead of time for four chips, and reads what ptxas says of it. Prints a table of the worst of each
-kernel and writes every build to FILE (default: benchmarks/results/kernel-builds-triton-VERSION.json). Exit code 1 where
-a build spills or needs more shared memory than its chip has.
+Runs the launchers on empty tensors of every type and of a grid of sizes, notes every launch, compiles all of them with
+Triton ahead of time for four chips, and reads the report of ptxas. Prints a table of the worst variant of each kernel
+and writes every build to FILE (default: benchmarks/results/kernel-builds-triton-VERSION.json). The exit code is 1 if a
+build spills or needs more shared memory than its chip has.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-
-from fastafd.kernels.lazy import Kernel
 
 # Shared memory that a block may have, in bytes: CUDA C++ Programming Guide, "Technical specifications per compute
 # capability".
@@ -65,12 +64,17 @@ class Launch:
         types = dict.fromkeys(kind for _, kind in self.signature if kind.startswith("*"))
         constants = " ".join(f"{names[index]}={value}" for index, value in self.constants)
         odd = [name for index, (name, kind) in enumerate(self.signature) if kind == "i32" and index not in self.aligned]
-        return f"{self.module}.{self.kernel} {' '.join(types)} {constants} any: {' '.join(odd) or '-'}"
+        return f"{self.name} {' '.join(types)} {constants} any: {' '.join(odd) or '-'}"
+
+    @property
+    def name(self) -> str:
+        """Such as "afd_loss._rows"."""
+        return f"{self.module.rpartition('.')[2]}.{self.kernel}"
 
 
 @dataclass(frozen=True)
 class Build:
-    """What ptxas says of a launch on a chip; bytes, and registers a thread."""
+    """What ptxas reports for a launch on a chip: registers a thread; spills and shared memory in bytes."""
 
     launch: str
     kernel: str
@@ -81,9 +85,12 @@ class Build:
     tf32: bool
 
 
-def launch_of(kernel: Kernel, operands: tuple[Any, ...], named: dict[str, int]) -> Launch:
-    """The variant that Triton would compile for these operands; every tensor is aligned (`fastafd.kernels.lazy`)."""
-    function = kernel.function
+def launch_of(kernel: Any, operands: tuple[Any, ...], named: dict[str, int]) -> Launch:
+    """The variant of the `triton.JITFunction` that Triton would compile for these operands.
+
+    named: the kernel's constants and Triton's options. The launchers align every tensor to 16 bytes.
+    """
+    function, varying = kernel.fn, kernel.do_not_specialize
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     values = dict(zip(names, operands)) | {name: value for name, value in named.items() if name in names}
     signature, constants, aligned = [], [], []
@@ -95,9 +102,9 @@ def launch_of(kernel: Kernel, operands: tuple[Any, ...], named: dict[str, int]) 
             aligned.append(index)
         elif isinstance(value, float):
             kind = "fp32"
-        elif isinstance(value, int) and name not in named and (value != 1 or name in kernel.varying):
+        elif isinstance(value, int) and name not in named and (value != 1 or name in varying):
             kind = "i32"
-            if value % 16 == 0 and name not in kernel.varying:
+            if value % 16 == 0 and name not in varying:
                 aligned.append(index)
         if kind == "constexpr":
             constants.append((index, value))
@@ -108,22 +115,20 @@ def launch_of(kernel: Kernel, operands: tuple[Any, ...], named: dict[str, int]) 
 
 @contextmanager
 def noted() -> Iterator[set[Launch]]:
-    """The launches that the launchers make meanwhile, none of which takes place."""
-    found: set[Launch] = set()
-    whole = Kernel.__getitem__
+    """The launches that are made inside this block; none of them takes place."""
+    from triton import JITFunction
 
-    def note(kernel: Kernel, grid: tuple[int, ...]) -> Any:
-        return lambda *operands, **named: found.add(launch_of(kernel, operands, named))
+    variants: set[Launch] = set()
 
-    Kernel.__getitem__ = note
-    try:
-        yield found
-    finally:
-        Kernel.__getitem__ = whole
+    def note(kernel: Any, grid: tuple[int, ...]) -> Any:
+        return lambda *operands, **named: variants.add(launch_of(kernel, operands, named))
+
+    with mock.patch.object(JITFunction, "__getitem__", note):
+        yield variants
 
 
 def launches() -> list[Launch]:
-    """Every variant that the launchers can choose, of the sizes named above."""
+    """Every variant that the launchers choose for the sizes named above."""
     afd_loss, products, attack_head, augment, kl_loss, linf_step = (
         import_module(f"fastafd.kernels.{name}")
         for name in ("afd_loss", "afd_products", "attack_head", "augment", "kl_loss", "linf_step")
@@ -132,7 +137,7 @@ def launches() -> list[Launch]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
 
-    with noted() as found:
+    with noted() as variants:
         for dtype, width, classes in product(TYPES, WIDTHS, CLASSES):
             y = empty(4, dtype=torch.int64)
             for parameters in dict.fromkeys((dtype, torch.float32)):
@@ -152,7 +157,7 @@ def launches() -> list[Launch]:
             linf_step.linf_step_fused(x, grad, x, 0.1, 0.1)
         x = empty(4, 32, 32, 3, dtype=torch.uint8)
         augment.augment_fused(x, empty(4, 2, dtype=torch.int64), empty(4, dtype=torch.bool), 4)
-    return sorted(found, key=str)
+    return sorted(variants, key=str)
 
 
 def build(launch: Launch, chip: int) -> Build:
@@ -163,7 +168,7 @@ def build(launch: Launch, chip: int) -> Build:
 
     kernel = import_module(launch.module).__dict__[launch.kernel]
     source = ASTSource(
-        fn=kernel.jitted() if isinstance(kernel, Kernel) else kernel,
+        fn=kernel,
         signature=dict(launch.signature),
         constexprs={(index,): value for index, value in launch.constants},
         attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
@@ -171,18 +176,17 @@ def build(launch: Launch, chip: int) -> Build:
     log = io.StringIO()
     with redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(launch.options))
-    said = log.getvalue()
-    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
-    (registers,) = re.findall(r"Used (\d+) registers", said)
-    name = f"{launch.module.rpartition('.')[2]}.{launch.kernel}"
+    log_text = log.getvalue()
+    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", log_text))
+    (registers,) = re.findall(r"Used (\d+) registers", log_text)
     tf32 = "tf32" in compiled.asm["ptx"]
-    return Build(str(launch), name, chip, int(registers), spills, compiled.metadata.shared, tf32)
+    return Build(str(launch), launch.name, chip, int(registers), spills, compiled.metadata.shared, tf32)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of each kernel and chip the most registers, shared memory and spills of any variant, as Markdown."""
+    """The most registers and shared memory of any variant, and all spills, by kernel and chip, as Markdown."""
     builds = [Build(**row) for row in rows]
-    kernels = sorted({found.kernel for found in builds})
+    kernels = sorted({variant.kernel for variant in builds})
     lines = [
         "| kernel | builds | " + " | ".join(f"sm_{chip}" for chip in CHIPS) + " |",
         "|---" * (2 + len(CHIPS)) + "|",
@@ -190,27 +194,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     for kernel in kernels:
         cells = []
         for chip in CHIPS:
-            own = [found for found in builds if (found.kernel, found.chip) == (kernel, chip)]
-            most = (max(found.registers for found in own), max(found.shared for found in own) / 1024)
-            spills = sum(found.spills for found in own)
+            variants = [b for b in builds if (b.kernel, b.chip) == (kernel, chip)]
+            most = (max(b.registers for b in variants), max(b.shared for b in variants) / 1024)
+            spills = sum(b.spills for b in variants)
             cells.append("{} regs, {:.1f} KiB".format(*most) + (f", {spills} B spilt" if spills else ""))
-        count = sum(found.kernel == kernel for found in builds)
+        count = sum(b.kernel == kernel for b in builds)
         lines.append(f"| {kernel} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def about(found: dict[str, Any]) -> str:
-    """What was compiled with what, and when."""
-    return f"{len(found['rows'])} builds by Triton {found['triton']}, {found['date']}."
+def about(result: dict[str, Any]) -> str:
+    """The line below the table: the number of builds, the version of Triton and the date."""
+    return f"{len(result['rows'])} builds by Triton {result['triton']}, {result['date']}."
 
 
 def complaints(builds: list[Build]) -> list[str]:
-    """What a GPU would suffer from: spilt registers, too much shared memory; tf32 in place of fp32."""
-    found = [f"sm_{b.chip} spills {b.spills} B: {b.launch}" for b in builds if b.spills]
-    found += [
+    """What would be wrong on a GPU: spilt registers, too much shared memory, tf32 instead of fp32."""
+    lines = [f"sm_{b.chip} spills {b.spills} B: {b.launch}" for b in builds if b.spills]
+    lines += [
         f"sm_{b.chip} needs {b.shared} B of shared memory: {b.launch}" for b in builds if b.shared > CHIPS[b.chip]
     ]
-    return found + [f"sm_{b.chip} computes in tf32: {b.launch}" for b in builds if b.tf32]
+    return lines + [f"sm_{b.chip} computes in tf32: {b.launch}" for b in builds if b.tf32]
 
 
 def main() -> int:
@@ -225,14 +229,14 @@ def main() -> int:
         wanted = list(product(launches(), CHIPS))
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             builds = list(pool.map(build, *zip(*wanted), chunksize=4))
-    found = {"triton": triton.__version__, "date": str(date.today()), "rows": [asdict(built) for built in builds]}
-    lines = ",\n".join(json.dumps(row) for row in found["rows"])  # a line each, for the sake of diffs
-    head = json.dumps({name: value for name, value in found.items() if name != "rows"})
+    result = {"triton": triton.__version__, "date": str(date.today()), "rows": [asdict(built) for built in builds]}
+    lines = ",\n".join(json.dumps(row) for row in result["rows"])  # a line each, so that diffs are readable
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"})
     out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
-    said = complaints(builds)
-    print("\n".join([table(found["rows"]), "", about(found), *said]))
-    print(f"{len(said)} complaints; every build is in {out}")
-    return bool(said)
+    problems = complaints(builds)
+    print("\n".join([table(result["rows"]), "", about(result), *problems]))
+    print(f"{len(problems)} complaints; every build is in {out}")
+    return bool(problems)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""The operations that AFD needs and no library has, each with its eager reference; torch and triton alone.
+"""The operations that AFD needs and no library has, each with its eager reference. They need torch and triton alone.
 
-The folder `kernels/` is the package `fastafd.kernels`; importing it touches neither CUDA nor triton. Every operation is
-a `torch.library.custom_op`: Triton on CUDA, the reference on a CPU, for float64, where Triton is missing and inside
-`lazy.references()`; all work under `torch.compile(fullgraph=True)`, and none reads anything back from the device.
+The folder `kernels/` is the package `fastafd.kernels`. An operation has two files: `NAME.py` holds its maths, its eager
+reference, the launcher of its kernels and the operation itself; `triton_code/NAME.py` holds the kernels, ordinary
+`@triton.jit` functions, which the launcher imports at its first launch. So importing the package imports no Triton and
+creates no CUDA context.
+
+Every operation is a `torch.library.custom_op`. It launches the kernels on CUDA, and runs the reference on a CPU, for
+float64, without Triton, and inside `operation.references()`. All work under `torch.compile(fullgraph=True)`, and none
+waits for the device.
 """
 
 from fastafd.kernels.afd_loss import AFDLoss, afd_loss

@@ -1,36 +1,32 @@
-"""What PGD needs of a classifier's tail: the gradient of the cross-entropy before the last ReLU, and no loss value.
+"""The gradient that PGD needs from the end of a classifier: that of the cross-entropy before the last ReLU.
 
     p = mean over pixels of relu(a)   z = p W^T + b   dz = softmax(z) - 1_y   da = [a > 0] (dz W) / (H W)
 
-The cross-entropy is summed over the batch, since only the signs of the image's gradient count. `a` may be the last
-ReLU's input or its output: the result is the gradient before it either way. For models whose tail is another, the
-plain form takes pooled features: dp = dz W. fp32 inside for fp32, fp16 and bf16 operands (float64 stays float64).
+The cross-entropy is summed over the batch, because only the signs of the image's gradient count. No loss is computed.
+`a` may be the input or the output of the last ReLU; the result is the gradient before the ReLU in both cases. For
+models that end differently, the operation takes pooled features and returns dp = dz W. Inside, fp32, fp16 and bf16
+operands are computed in fp32 (float64 stays float64).
 
-One launch, a program an image, if W and b are fp32, as a merged classifier is, and `a` is channels_last; in fp16 a
-gradient below 6e-8 becomes 0. Least bytes: `a` read once and the gradient written once, and W twice an image from the
-L2 cache; 2.1 MB each way for ResNet-18 (B=128, bf16, 4x4x512), 10.5 MB for WRN-34-10 (8x8x640).
+It is one launch with one program an image, if W and b are fp32, as a merged classifier's are, and `a` is channels_last.
+In fp16 a gradient below 6e-8 becomes 0. At least `a` is read once and the gradient written once, and each image reads W
+twice from the L2 cache: 2.1 MB each way for ResNet-18 (B=128, bf16, 4x4x512), 10.5 MB for WRN-34-10 (8x8x640).
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.kernels.lazy import TYPES, aligned, jit, operation, outside_autocast, packed, power_of_two
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from fastafd.kernels.operation import TYPES, aligned, operation, outside_autocast, packed, power_of_two
 
 
 def attack_head(activation: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of the summed cross-entropy with respect to the input of the last ReLU, or to pooled features.
+    """The gradient of the summed cross-entropy with respect to the input of the last ReLU, or to the pooled features.
 
-    activation (B,D,H,W), the input or output of the last ReLU before global average pooling, or pooled features (B,D);
-    labels (B,) int64 in 0..C-1; weight (C,D) and bias (C,) or None of the classifier, merged: W W_D1. Returns a
-    tensor of the activation's shape and type, channels_last; nothing flows through it.
+    activation: the input or output (B,D,H,W) of the last ReLU before global average pooling, or pooled features (B,D).
+    labels (B,): int64 in 0..C-1. weight (C,D), bias (C,) or None: those of the merged classifier, W W_D1.
+    Returns a tensor of the activation's shape and type, channels_last. No gradient flows through it.
     Raises ValueError for shapes or types that do not fit. Source: the AFD paper, Eq. 2.
     """
     if activation.ndim not in (2, 4) or weight.ndim != 2:
@@ -65,51 +61,12 @@ def attack_head_reference(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> 
     return torch.where(a > 0, slope, 0.0).contiguous(memory_format=torch.channels_last)
 
 
-@jit("has_bias", "relu", "HW", "C")
-def _head(
-    a, y, w, b, out, has_bias, relu, HW, C, D, BP: tl.constexpr, CP: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    # a, out (B,HW,D), of pooled features with HW = 1 and relu = 0; y int64 (B); w (C,D) and b (C), read if
-    # has_bias, fp32
-    image = tl.program_id(0).to(tl.int64)
-    a += image * HW * D
-    out += image * HW * D
-    c = tl.arange(0, CP)
-    z = tl.where(c < C, tl.load(b + c, mask=(c < C) & (has_bias != 0), other=0.0), -float("inf"))
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        pooled = tl.zeros((BD,), tl.float32)
-        for first in range(0, HW, BP):
-            p = first + tl.arange(0, BP)
-            inside = (p < HW)[:, None] & (d < D)[None, :]
-            pixels = tl.load(a + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            pooled += tl.sum(tl.where((pixels > 0) | (relu == 0), pixels, 0.0), axis=0)
-        pooled /= HW
-        wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
-        z += tl.sum(wk * pooled[None, :], axis=1)
-
-    hit = c == tl.load(y + image).to(tl.int32)
-    e = tl.exp(z - tl.max(z, axis=0))
-    others = tl.sum(tl.where(hit, 0.0, e), axis=0)  # 1 - softmax_y without the cancellation
-    dz = tl.where(hit, -others, e) / (tl.sum(e, axis=0) * HW)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        wk = tl.load(w + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
-        slope = tl.sum(wk * dz[:, None], axis=0)
-        for first in range(0, HW, BP):
-            p = first + tl.arange(0, BP)
-            inside = (p < HW)[:, None] & (d < D)[None, :]
-            at = p[:, None] * D + d[None, :]
-            passes = (tl.load(a + at, mask=inside, other=0.0) > 0) | (relu == 0)
-            tl.store(out + at, tl.where(passes, slope[None, :], 0.0).to(out.dtype.element_ty), mask=inside)
-
-
 def _layout(a: Tensor) -> torch.memory_format:
     return torch.channels_last if a.ndim == 4 else torch.contiguous_format
 
 
 def tile_of(classes: int, width: int) -> dict[str, int]:
-    """Pixels, padded classes and features that a program holds at a time."""
+    """How many pixels, padded classes and features a program holds at a time."""
     if classes <= 16 and width % 16 == 0:
         return {"BP": 16, "CP": 16, "BD": 64, "num_warps": 8}
     if classes <= 256:
@@ -118,7 +75,9 @@ def tile_of(classes: int, width: int) -> dict[str, int]:
 
 
 def attack_head_fused(a: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """`attack_head` by the kernel."""
+    """`attack_head`, computed by the kernel."""
+    from fastafd.kernels.triton_code.attack_head import _head
+
     a = aligned(a.contiguous(memory_format=_layout(a)))
     out, y, w = torch.empty_like(a), packed(y), packed(w)
     b, has_bias = (w, 0) if b is None else (packed(b), 1)

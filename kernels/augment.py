@@ -1,28 +1,23 @@
-"""Zero-padded crop, horizontal flip and scaling to [0,1], as one gather.
+"""Zero-padded crop, horizontal flip and scaling to [0,1] in one gather.
 
     out[b, :, i, j] = x[b, i + row_b - padding, (W-1-j if flip_b else j) + column_b - padding, :] / 255,  0 outside
 
-Bytes: 1 read and 4 written a pixel and channel. The division rounds correctly, so that every loader and device gives
-the same pixels.
+Bytes: for each pixel and channel, 1 is read and 4 are written. The division rounds correctly, so that every loader and
+device gives the same pixels.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import cdiv, jit, operation, packed
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from fastafd.kernels.operation import cdiv, operation, packed
 
 BLOCK = 1024  # output values a program
 
 
 def augment(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Pad with zeros, crop at `offsets`, then mirror where `flips`.
+    """Pad with zeros, crop at `offsets`, then mirror the images whose `flips` is True.
 
     x uint8 (B,H,W,3); offsets int64 (B,2), row and column in 0..2*padding; flips bool (B,); all on one device.
     Returns float32 (B,3,H,W) in [0,1], channels_last. Raises ValueError for shapes or types that do not fit.
@@ -42,31 +37,19 @@ def augment_reference(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -
     padded = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
     column = torch.arange(width, device=x.device)
     rows = offsets[:, :1] + torch.arange(height, device=x.device)  # (B,H)
-    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - column, column)  # (B,W), the crop read backwards
+    columns = offsets[:, 1:] + torch.where(
+        flips[:, None], width - 1 - column, column
+    )  # (B,W), a mirrored image reads its crop from right to left
     images = torch.arange(batch, device=x.device)
     cropped = padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-    pixels = cropped.permute(0, 3, 1, 2).to(torch.float32)  # the permuted view is channels_last already
-    return pixels.div_(torch.full((), 255.0, device=x.device))  # CUDA would multiply by 1/255 were this a number
-
-
-@jit("height", "width", "padding")
-def _crop_flip(x, offsets, flips, out, height, width, padding, BLOCK: tl.constexpr):
-    # x uint8 and out float32: (B,height,width,3); offsets int64 (B,2); flips bool (B)
-    image = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pixel, channel = at // 3, at % 3
-    i, j = pixel // width, pixel % width
-    row = i + (tl.load(offsets + 2 * image).to(tl.int32) - padding)
-    mirrored = tl.load(flips + image).to(tl.int32) != 0
-    column = tl.where(mirrored, width - 1 - j, j) + (tl.load(offsets + 2 * image + 1).to(tl.int32) - padding)
-    start = image.to(tl.int64) * height * width * 3
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (i < height)
-    value = tl.load(x + start + (row * width + column) * 3 + channel, mask=inside, other=0).to(tl.float32)
-    tl.store(out + start + at, tl.div_rn(value, 255.0), mask=i < height)
+    pixels = cropped.permute(0, 3, 1, 2).to(torch.float32)  # the permuted view is channels_last
+    return pixels.div_(torch.full((), 255.0, device=x.device))  # with a Python number, CUDA would multiply by 1/255
 
 
 def augment_fused(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """`augment` by the kernel."""
+    """`augment`, computed by the kernel."""
+    from fastafd.kernels.triton_code.augment import _crop_flip
+
     x, offsets, flips = packed(x), packed(offsets), packed(flips)
     batch, height, width, _ = x.shape
     out = torch.empty(batch, height, width, 3, device=x.device)

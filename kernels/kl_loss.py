@@ -1,36 +1,32 @@
-"""TRADES' divergence between two sets of logits, with both gradients.
+"""The divergence of TRADES between two sets of logits, with the gradients of both.
 
     p = softmax(z_natural)   q = softmax(z_adversarial)   KL_b = sum_c p (log p - log q)   loss = mean_b KL_b
     dloss/dz_adversarial = (q - p) / B       dloss/dz_natural = p (h - sum_c p h) / B,  h = z_natural - z_adversarial
 
-h may be shifted by a constant; taken as 0 at the likeliest class, confident rows lose no digits. fp32 inside for fp32,
-fp16 and bf16 logits (float64 stays float64). Bytes: both sets read once for the value; read once and both gradients
-written once in the backward.
+A constant may be added to h. Here h is 0 at the most likely class, so that confident rows lose no digits. Inside, fp32,
+fp16 and bf16 logits are computed in fp32 (float64 stays float64). Bytes: the value reads both sets once; the backward
+pass reads them once and writes both gradients once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import (
+from fastafd.kernels.operation import (
     TYPES,
     aligned,
     cdiv,
     differentiable_once,
-    jit,
     operation,
     outside_autocast,
     packed,
     power_of_two,
 )
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-TILE = 1024  # logits a program and set, at least a row
+TILE = 1024  # logits of each set that a program takes, at least one row
 
 
 def kl_loss(adversarial_logits: Tensor, natural_logits: Tensor) -> Tensor:
@@ -58,7 +54,7 @@ def kl_rows_reference(adversarial: Tensor, natural: Tensor) -> Tensor:
 
 @outside_autocast
 def kl_gradients_reference(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of both sets of logits, (B,C) each, from those of the rows, (B,)."""
+    """The gradients of both sets of logits, (B,C) each, from the gradients (B,) of the rows."""
     p, q = natural.to(grad.dtype).softmax(1), adversarial.to(grad.dtype).softmax(1)
     gap = natural.to(grad.dtype) - adversarial.to(grad.dtype)
     gap = gap - gap.gather(1, natural.argmax(1, keepdim=True))
@@ -66,56 +62,16 @@ def kl_gradients_reference(grad: Tensor, adversarial: Tensor, natural: Tensor) -
     return (grad[:, None] * (q - p)).to(adversarial.dtype), of_natural.to(natural.dtype)
 
 
-@jit("B", "C")
-def _rows(adversarial, natural, rows, B, C, BM: tl.constexpr, CP: tl.constexpr):
-    # adversarial, natural (B,C); rows fp32 (B)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, CP)
-    inside = (row < B)[:, None] & (c < C)[None, :]
-    at = row[:, None].to(tl.int64) * C + c[None, :]
-    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
-    z_p = tl.load(natural + at, mask=inside, other=0.0).to(tl.float32)
-    z_q = tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32)
-    z_p -= tl.max(z_p + beyond, axis=1)[:, None]
-    z_q -= tl.max(z_q + beyond, axis=1)[:, None]
-    p = tl.exp(z_p + beyond)
-    total_p, total_q = tl.sum(p, axis=1), tl.sum(tl.exp(z_q + beyond), axis=1)
-    gap = (z_p - tl.log(total_p)[:, None]) - (z_q - tl.log(total_q)[:, None])  # log p - log q
-    tl.store(rows + row, tl.sum(p * gap, axis=1) / total_p, mask=row < B)
-
-
-@jit("step", "B", "C")
-def _gradients(grad, step, adversarial, natural, d_adversarial, d_natural, B, C, BM: tl.constexpr, CP: tl.constexpr):
-    # grad: B values, `step` apart (0: one for all); adversarial, natural and their gradients (B,C)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, CP)
-    inside = (row < B)[:, None] & (c < C)[None, :]
-    at = row[:, None].to(tl.int64) * C + c[None, :]
-    scale = tl.load(grad + row * step, mask=row < B, other=0.0)[:, None]
-    beyond = tl.where(c < C, 0.0, -float("inf"))[None, :]
-    z_p = tl.load(natural + at, mask=inside, other=0.0).to(tl.float32)
-    z_q = tl.load(adversarial + at, mask=inside, other=0.0).to(tl.float32)
-    gap = z_p - z_q
-    z_p += beyond
-    z_q += beyond
-    likeliest = c[None, :] == tl.argmax(z_p, axis=1)[:, None]
-    gap -= tl.sum(tl.where(likeliest, gap, 0.0), axis=1)[:, None]
-    p, q = tl.exp(z_p - tl.max(z_p, axis=1)[:, None]), tl.exp(z_q - tl.max(z_q, axis=1)[:, None])
-    p /= tl.sum(p, axis=1)[:, None]
-    q /= tl.sum(q, axis=1)[:, None]
-    of_natural = scale * p * (gap - tl.sum(p * gap, axis=1)[:, None])
-    tl.store(d_adversarial + at, (scale * (q - p)).to(d_adversarial.dtype.element_ty), mask=inside)
-    tl.store(d_natural + at, of_natural.to(d_natural.dtype.element_ty), mask=inside)
-
-
 def _tile(classes: int) -> tuple[int, int]:
-    """Rows and padded classes of a program."""
+    """How many rows and padded classes a program takes."""
     padded = power_of_two(classes, 1024)
     return max(1, TILE // padded), padded
 
 
 def kl_rows_fused(adversarial: Tensor, natural: Tensor) -> Tensor:
-    """`kl_rows_reference` by the kernel."""
+    """`kl_rows_reference`, computed by the kernel."""
+    from fastafd.kernels.triton_code.kl_loss import _rows
+
     (batch, classes), adversarial, natural = natural.shape, packed(adversarial), packed(natural)
     rows = torch.empty(batch, device=natural.device)
     bm, padded = _tile(classes)
@@ -125,15 +81,17 @@ def kl_rows_fused(adversarial: Tensor, natural: Tensor) -> Tensor:
 
 
 def kl_gradients_fused(grad: Tensor, adversarial: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
-    """`kl_gradients_reference` by the kernel."""
+    """`kl_gradients_reference`, computed by the kernel."""
+    from fastafd.kernels.triton_code.kl_loss import _gradients
+
     (batch, classes), adversarial, natural = natural.shape, packed(adversarial), packed(natural)
-    found = torch.empty_like(adversarial), torch.empty_like(natural)
+    gradients = torch.empty_like(adversarial), torch.empty_like(natural)
     bm, padded = _tile(classes)
     with torch.cuda.device_of(natural):
         grad = aligned(grad)
-        operands = (grad, grad.stride(0), adversarial, natural, *found, batch, classes)
+        operands = (grad, grad.stride(0), adversarial, natural, *gradients, batch, classes)
         _gradients[(cdiv(batch, bm),)](*operands, BM=bm, CP=padded)
-    return found
+    return gradients
 
 
 _kl_rows = operation("kl_rows", kl_rows_reference, kl_rows_fused)

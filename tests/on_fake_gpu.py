@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import fake_gpu, generated, recorder  # noqa: E402
 from fastafd.console import Console  # noqa: E402
-from fastafd.kernels.lazy import OPERATIONS  # noqa: E402
+from fastafd.kernels.operation import OPERATIONS  # noqa: E402
 
 CHIPS = (80, 89, 90)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from fastafd.kernels import afd_loss, attack_head, augment, kl_loss, linf_step
-from fastafd.kernels.lazy import OPERATIONS, references
+from fastafd.kernels.operation import OPERATIONS, references
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = torch.ops.fastafd
@@ -238,7 +238,7 @@ def test_without_triton_the_references_run_on_any_device():
 import sys
 sys.modules["triton"] = None
 import torch, fastafd.kernels
-from fastafd.kernels.lazy import OPERATIONS
+from fastafd.kernels.operation import OPERATIONS
 class OnCuda(torch.Tensor):
     is_cuda = True
 assert not any(operation.is_fused((torch.zeros(1).as_subclass(OnCuda),)) for operation in OPERATIONS.values())

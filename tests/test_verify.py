@@ -13,7 +13,7 @@ from test_graphs import OnTheCPU
 from benchmarks.faults import FAULTS, kernels_on_a_cpu, scaled
 from benchmarks.verify_rates import certificate, far, uncompiled
 from fastafd import cli, verify
-from fastafd.kernels.lazy import OPERATIONS
+from fastafd.kernels.operation import OPERATIONS
 from fastafd.settings import RunError, UsageError
 from fastafd.training.build import build_step
 from fastafd.verification.certificate import (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.kernels.lazy import operation
+from fastafd.kernels.operation import operation
 
 
 def conv_relu_reference(

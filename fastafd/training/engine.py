@@ -25,7 +25,7 @@ from fastafd.attacks import KLPGD, PGD, Choice, Snapshot, machine
 from fastafd.console import Console
 from fastafd.device import AMP, algorithms_by_trial, autocast
 from fastafd.kernels import linf_step
-from fastafd.kernels.lazy import references
+from fastafd.kernels.operation import references
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Disentangled, SplitNet
 from fastafd.settings import UsageError, cache_dir, unknown

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastafd.kernels.lazy import OPERATIONS
+from fastafd.kernels.operation import OPERATIONS
 
 RESULTS = {
     "augment": ("pixels",),
