@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ import yaml
 from fastafd.console import end
 from fastafd.device import enough_memory
 from fastafd.files import save_text
-from fastafd.settings import RunError, Stopped, UsageError, switch
+from fastafd.settings import RunError, Stopped, UsageError, pixels, switch
 
 
 def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
@@ -103,6 +104,17 @@ def changes(recipe: Any, config: Any) -> dict[str, Any]:
     return {
         name: _plain(value) for name, value, _ in entries(config) if name not in NOT_LISTED and value != defaults[name]
     }
+
+
+def written(config: Any) -> dict[str, Any]:
+    """All settings of `config` by dotted name, in the form that a user writes: 8/255 for a length in pixels."""
+
+    def form(value: Any, parse: Any) -> Any:
+        if parse is pixels and math.isclose(round(255 * value), 255 * value):
+            return f"{round(255 * value)}/255"
+        return _plain(value)
+
+    return {name: form(value, field.metadata["parse"]) for name, value, field in entries(config)}
 
 
 def to_yaml(config: Any) -> str:

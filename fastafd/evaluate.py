@@ -19,7 +19,7 @@ from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Console
 from fastafd.data import load_dataset
 from fastafd.device import provenance, resolve_device
-from fastafd.evaluation import ATTACKS, evaluate, show
+from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model
 from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
@@ -27,17 +27,17 @@ from fastafd.settings import UsageError, check, choice, number, optional, path, 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What `python -m fastafd.evaluate` takes; a run folder's own settings fill in what is not given."""
+    """The settings of `python -m fastafd.evaluate`. The settings of the run folder are the defaults of the others."""
 
     model: Path | None = setting(None, "run folder or model.safetensors (also as the first word)", optional(path))
     weights: Path | None = setting(None, "any other file of weights; say its --arch and --dataset", optional(path))
     arch: str | None = setting(None, "classifier that --weights belong to", optional(text))
     normalize: str = setting("none", "normalisation layer of --weights: none, cifar10, cifar100 or imagenet", text)
-    dataset: str | None = setting(None, "data set; default the run's own", optional(text))
-    data_dir: Path | None = setting(None, "folder that holds it; default the run's own, else data", optional(path))
+    dataset: str | None = setting(None, "data set; default: that of the run", optional(text))
+    data_dir: Path | None = setting(None, "folder that holds it; default: that of the run, else data", optional(path))
     image_size: int | None = setting(
         None,
-        "side in pixels that an image folder is resized to; default the run's own",
+        "side in pixels that an image folder is resized to; default: that of the run",
         optional(number(8, 1024, True)),
     )
     attack: str = setting("pgd20", "clean, pgd20 (and clean) or autoattack (and both)", choice(*ATTACKS))
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     device = resolve_device(config.device)
 
-    # The model, and the data set that its run folder or the command line names.
+    # Load the model, and the data set that the command line or the run folder names.
     if (config.model is None) == (config.weights is None):
         raise UsageError("model: takes a run folder or a model.safetensors, or else --weights FILE with --arch")
     if config.model is not None and config.arch is not None:
@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
     dataset_name = config.dataset or settings.get("dataset") or about.get("dataset")
     if dataset_name is None:
         raise UsageError("dataset: got none, takes the name of a data set, such as --dataset cifar10")
-    own = settings if settings.get("dataset") == dataset_name else {}
-    image_size = config.image_size or own.get("image_size")
-    dataset = load_dataset(dataset_name, config.data_dir or Path(own.get("data_dir", "data")), image_size)
+    of_dataset = settings if settings.get("dataset") == dataset_name else {}
+    image_size = config.image_size or of_dataset.get("image_size")
+    dataset = load_dataset(dataset_name, config.data_dir or Path(of_dataset.get("data_dir", "data")), image_size)
     if net is None:
         if config.arch is None:
             raise UsageError("arch: got none, takes the classifier that --weights belong to, such as --arch resnet18")
@@ -100,11 +100,11 @@ def main(argv: list[str]) -> None:
     if config.json:
         print(as_json(result))
     else:
-        show({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+        show_accuracies({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
 
 
 def run_settings(model: Path | None) -> dict[str, Any]:
-    """The settings in a run folder's config.yaml; nothing for anything else."""
+    """The settings in a run folder's config.yaml; empty if `model` is no run folder."""
     if model is None or not (model / "config.yaml").exists():
         return {}
     return cli.read_yaml(model / "config.yaml")

@@ -1,12 +1,12 @@
-"""What a report shows of a model: attacked test images with its predictions, and features of attacked images.
+"""The samples of a run that a report shows: attacked test images with predictions, and features of attacked images.
 
-`samples.npz` of a run folder, without torch to be read again:
+They are written to `samples.npz` of the run folder, which can be read without torch:
 
     images (k,H,W,3) uint8; perturbation (k,H,W,3) float16, in pixels of [0,1]; label, clean, attacked (k,): classes
     before (n,D) float16: pooled features of attacked images; f1 (n,D) float16: what the classifier reads
     feature_label (n,): their classes
 
-The attack is that of the evaluation, PGD-20. k is one image a class, at most ten; n at most a thousand.
+The attack is that of the evaluation, PGD-20. k: one image for each of the first ten classes. n: at most a thousand.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ SHOWN, FEATURES, AT_ONCE = 10, 1000, 250  # images shown, images whose features 
 
 @true_fp32()
 def save_samples(path: Path, model: SplitNet, test: Split, n: int | None, seed: int) -> None:
-    """Write the file for a model in eval mode; of at most `n` test images, class-balanced."""
+    """Write the samples of the model to `path`; they come from a class-balanced draw of at most `n` test images."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     indices = balanced_draw(test.labels, min(FEATURES, n or FEATURES), seed)
     model.eval()
-    found: dict[str, list[Tensor]] = {name: [] for name in ("before", "f1", "clean", "attacked", "perturbation")}
+    batches: dict[str, list[Tensor]] = {name: [] for name in ("before", "f1", "clean", "attacked", "perturbation")}
     for first in range(0, len(indices), AT_ONCE):
         part = indices[first : first + AT_ONCE]
         x = to_unit(torch.from_numpy(test.images(part))).to(device)
         x_adv = PGD20(model, x, torch.from_numpy(test.labels[part]).to(device), generator)
         with torch.no_grad():
             before, f1 = model.features(x_adv), model.f1(x_adv)
-            kept = (before, f1, model(x).argmax(1), model.classifier(f1).argmax(1), (x_adv - x).permute(0, 2, 3, 1))
-        for name, value in zip(found, kept, strict=True):
-            found[name].append(value.cpu())
-    arrays = {name: torch.cat(values).numpy() for name, values in found.items()}
+            results = (before, f1, model(x).argmax(1), model.classifier(f1).argmax(1), (x_adv - x).permute(0, 2, 3, 1))
+        for name, value in zip(batches, results, strict=True):
+            batches[name].append(value.cpu())
+    arrays = {name: torch.cat(values).numpy() for name, values in batches.items()}
     labels = test.labels[indices]
     _, firsts = np.unique(labels, return_index=True)
     shown = firsts[:SHOWN]
-    kept_arrays = {
+    samples = {
         "images": test.images(indices[shown]),
         "perturbation": arrays["perturbation"][shown].astype(np.float16),
         "label": labels[shown],
@@ -60,6 +60,6 @@ def save_samples(path: Path, model: SplitNet, test: Split, n: int | None, seed: 
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **kept_arrays)
+            np.savez_compressed(file, **samples)
 
     write_atomic(path, write)

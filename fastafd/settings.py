@@ -52,6 +52,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastafd"
 
 
+# The accuracies of an evaluation, in order: their names in settings and results, and in tables.
+ATTACK_NAMES = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
+
+
 # -- how a field is declared --------------------------------------------------------------------------------------
 
 Parser = Callable[[object, str], Any]  # (what the user wrote, field name) -> value; raises UsageError

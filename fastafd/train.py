@@ -30,7 +30,7 @@ from fastafd.config import PretrainConfig, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Dataset, load_dataset
 from fastafd.device import provenance, resolve_amp, resolve_device
-from fastafd.evaluation import ATTACKS, evaluate, show
+from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import Disentangled, check_model
 from fastafd.recipes import find_recipe, matched
@@ -131,11 +131,12 @@ def main(argv: list[str]) -> None:
         },
         "parameters": {"model": count_parameters(classifier), "training": count_parameters(trained.model)},
         "changed": {name: value for name, value in changed.items() if pretrains or not name.startswith("pretrain.")},
+        "settings": cli.written(config),
         "config": dataclasses.asdict(config),
         **json.loads((folder / "env.json").read_text()),
     }
     save_text(folder / "result.json", as_json(summary))
-    show(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+    show_accuracies(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
 

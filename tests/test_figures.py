@@ -38,6 +38,9 @@ def make_run(folder, label="AFD", recipe="released", seed=0, samples=True, gap=1
         "dataset": {"name": more.get("dataset", "digits"), "train": 90, "test": 30, "classes": classes},
         "parameters": {"model": 1000, "training": 1200},
         "changed": more.get("changed", {}),
+        "settings": {"recipe": recipe, "seed": seed, "attack.eps": "8/255", "attack.steps": 7, "epochs": 2}
+        | {"batch_size": 64, "lr_schedule": [[0.0, 1.0]], "pretrained": None}
+        | more.get("settings", {}),
         "config": {
             "recipe": recipe,
             "matched": more.get("matched", False),

@@ -14,7 +14,8 @@ from PIL import Image
 from test_figures import make_run
 
 from fastafd.reporting import figures
-from fastafd.reporting.page import markdown_html, seconds_by_part, write_page
+from fastafd.reporting.markdown import Table, markdown
+from fastafd.reporting.page import seconds_by_part, tables_html, write_page
 
 VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # those of the page that have no end tag
 
@@ -80,7 +81,7 @@ def pictures(page):
 
 def test_one_run(tmp_path):
     run = make_run(tmp_path / "run", changed={"batch_size": 64, "attack.steps": 7})
-    page = alone(page_of(tmp_path, [run], [("Results", "| a | b |\n|---|--:|\n| x | 1 |")]))
+    page = alone(page_of(tmp_path, [run], [("Results", [Table(["a", "b"], [["x", "1"]])])]))
     assert not page.all("nav")  # a table of contents of one run would list nothing
     for said in ("AFD on digits", "CPU, 1 threads", "2026-11-22 07:15 UTC", "2.14.1+cu130", "3.11.7", "magnified 16"):
         assert said in page.text
@@ -90,6 +91,14 @@ def test_one_run(tmp_path):
     assert re.search(r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00 \[50\.0, 70\.0\] n=100not run", page.text)
     points = [line["points"].count(",") for line in page.all("polyline")]
     assert points == [4, 4, 4]  # clean, adversarial, loss: a point a line of the log
+
+
+def test_a_run_from_before_settings_had_dotted_names(tmp_path):
+    """Its page lists the nested settings as they are."""
+    run = make_run(tmp_path / "run")
+    del run.result["settings"]
+    text = alone(page_of(tmp_path, [run])).text
+    assert "attack.steps7" in text and "sgd.epochs2" in text and "pretrainednone" in text
 
 
 def test_autoattack_by_evaluation_later_is_shown(tmp_path):
@@ -121,8 +130,12 @@ def test_examples_show_what_was_kept(tmp_path):
 def test_names_are_escaped(tmp_path):
     bad = "<b>&\"'</b>"
     run = make_run(tmp_path / "<i>run&", classes=[bad, "dog", "eel"], dataset=bad, changed={bad: bad})
-    run.config[bad] = run.result["device"] = bad
-    page = alone(page_of(tmp_path, [run, run], [(bad, f"{bad}\n\n- {bad}\n\n| {bad} | b |\n|---|---|\n| x | {bad} |")]))
+    run.settings[bad] = run.result["device"] = bad
+    page = alone(
+        page_of(
+            tmp_path, [run, run], [(bad, [Table([bad, "b"], [["x", bad]], title=bad, notes=[bad], left_out=[bad])])]
+        )
+    )
     assert not {"b", "i"} & {tag for tag, _ in page.elements}
     assert page.text.count(bad) >= 12 and "<i>run&" in page.text
     assert f"clean image of {bad}, taken for {bad}" in {image["alt"] for image in page.all("img")}
@@ -165,10 +178,18 @@ def test_every_second_is_in_one_part(tmp_path):
     assert widths == pytest.approx([100 * spent / 15 for spent in found.values()], abs=0.001)
 
 
-def test_markdown():
-    text = "| a | b |\n|---|--:|\n| `x` | **1** [0.1, 0.2] |\n| a \\| b | 2 |\n\nA line\nof text.\n\n- one\n- <two>"
-    page = Page(markdown_html(text))
-    assert [len(page.all(tag)) for tag in ("table", "tr", "code", "strong", "li", "p")] == [1, 3, 1, 1, 2, 1]
-    assert "a | b" in page.text and "A line of text." in page.text and "<two>" in page.text
-    assert "1 [0.1,\N{NO-BREAK SPACE}0.2]" in page.text
-    assert [cell.get("class") for cell in page.all("td")] == ["right", "right"]
+def test_a_table_is_rendered_twice():
+    """As HTML and as Markdown, with the same cells; a bar inside a cell does not end it."""
+    tables = [
+        Table(["a", "b"], [["`x`", "1 [0.1, 0.2]"], ["a | b", "<two>"]], title="first"),
+        Table(["c"], [["**3**"]], notes=["A note."], left_out=["runs/x: of a sweep", "runs/y: seed 1"]),
+    ]
+    page = Page(tables_html(tables))
+    assert [len(page.all(tag)) for tag in ("table", "tr", "td", "li", "p")] == [2, 5, 2, 2, 3]
+    assert not page.all("strong") and not page.all("code")  # a cell is text, not Markdown
+    for text in ("`x`", "1 [0.1,\N{NO-BREAK SPACE}0.2]", "a | b", "<two>", "**3**", "A note.", "runs/y: seed 1"):
+        assert text in page.text
+    assert markdown(tables) == (
+        "first\n\n| a | b |\n|---|---|\n| `x` | 1 [0.1, 0.2] |\n| a \\| b | <two> |\n\n"
+        "| c |\n|---|\n| **3** |\n\nA note.\n\nLeft out:\n\n- runs/x: of a sweep\n- runs/y: seed 1"
+    )

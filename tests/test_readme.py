@@ -41,10 +41,11 @@ def test_tables_of_speed_are_the_committed_measurements(page, name):
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- end of (methods-.*) -->", METHODS))
 def test_tables_of_methods_are_the_committed_runs(name):
+    from fastafd.reporting.markdown import markdown
     from fastafd.reporting.runs import read_runs
     from fastafd.reporting.tables import results
 
-    rows = results(read_runs([ROOT / "benchmarks" / "results" / name]))
+    rows = markdown(results(read_runs([ROOT / "benchmarks" / "results" / name])))
     command = f"python -m fastafd.report results benchmarks/results/{name}"
     assert f"<!-- {name}: {command} -->\n{rows}\n<!-- end of {name} -->" in METHODS
 

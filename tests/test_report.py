@@ -10,9 +10,16 @@ from conftest import ROOT
 
 from fastafd import report
 from fastafd.evaluation import wilson
-from fastafd.reporting import paper, tables
+from fastafd.reporting import paper
+from fastafd.reporting.markdown import markdown
 from fastafd.reporting.runs import read_runs
+from fastafd.reporting.tables import parameters, results, table1, table2, table3, table4, table6
 from fastafd.settings import UsageError
+
+
+def printed(table, runs) -> str:
+    """The Markdown of a table function for these runs."""
+    return markdown(table(runs))
 
 
 def figure(accuracy: float, n: int = 10_000) -> dict:
@@ -61,34 +68,43 @@ def row(table: str, first: str) -> list[str]:
 
 def test_nothing_run_is_shown_as_not_run(tmp_path):
     runs = read_runs([write_run(tmp_path / "x", "AFD", "released", (0.8, 0.5, 0.4), arch="resnet8")])
-    for table in (tables.table1(runs), tables.table2(runs), tables.table3(runs), tables.table4(runs)):
+    for table in (
+        printed(table1, runs),
+        printed(table2, runs),
+        printed(table3, runs),
+        printed(table4, runs),
+    ):
         cells = [cell for line in table.splitlines()[4:] for cell in line.strip("| ").split(" | ") if "paper" in cell]
         assert cells and all(cell.startswith("not run; paper") for cell in cells)
-    assert "not run; paper 94.60" in tables.table6(runs)
+    assert "not run; paper 94.60" in printed(table6, runs)
 
 
 def test_a_run_beside_the_paper(tmp_path):
     runs = read_runs([write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52, 0.46))])
-    assert row(tables.table1(runs), "AFD")[1:] == [
+    assert row(printed(table1, runs), "AFD")[1:] == [
         "85.00 [84.3, 85.7] n=10000; paper 84.88, +0.12",
         "52.00 [51.0, 53.0] n=10000; paper 52.70, -0.70",
         "46.00 [45.0, 47.0] n=10000; paper 47.40, -1.40",
         "61.00; paper 61.66, -0.66",
     ]
-    (line,) = [line for line in tables.table4(runs).splitlines() if line.startswith("| AFD | resnet18 | cifar10 |")]
+    (line,) = [line for line in printed(table4, runs).splitlines() if line.startswith("| AFD | resnet18 | cifar10 |")]
     assert "85.00" in line and "40.00" in line and "| 45.00; paper 45.83 |" in line
-    assert "| resnet18 | cifar10 | own, seed 0 | 94.60 [94.1, 95.0] n=10000; paper 94.60, +0.00 |" in tables.table6(
-        runs
-    )
-    assert row(tables.parameters(runs), "resnet18")[1:] == ["11,173,962", "524,288", "4.69 %", "11.2 M + 0.5 M, 4.46 %"]
+    of_natural = "| resnet18 | cifar10 | own, seed 0 | 94.60 [94.1, 95.0] n=10000; paper 94.60, +0.00 |"
+    assert of_natural in printed(table6, runs)
+    assert row(printed(parameters, runs), "resnet18")[1:] == [
+        "11,173,962",
+        "524,288",
+        "4.69 %",
+        "11.2 M + 0.5 M, 4.46 %",
+    ]
 
 
 def test_seeds_are_one_row_of_mean_and_deviation(tmp_path):
     for seed, clean in enumerate((0.84, 0.85, 0.86)):
         write_run(tmp_path / f"afd-{seed}", "AFD", "released", (clean, 0.5, 0.4), seed=seed)
     runs = read_runs([tmp_path])
-    assert row(tables.table1(runs), "AFD")[1] == "85.00 ± 1.00 of 3 seeds, n=10000; paper 84.88, +0.12"
-    assert row(tables.results(runs), "AFD")[6] == "58.33 ± 0.33" and tables.results(runs).count("| AFD |") == 1
+    assert row(printed(table1, runs), "AFD")[1] == "85.00 ± 1.00 of 3 seeds, n=10000; paper 84.88, +0.12"
+    assert row(printed(results, runs), "AFD")[6] == "58.33 ± 0.33" and printed(results, runs).count("| AFD |") == 1
 
 
 def test_natural_models_that_runs_began_with(tmp_path):
@@ -100,7 +116,7 @@ def test_natural_models_that_runs_began_with(tmp_path):
     write_run(tmp_path / "given", "AFD", "released", (0.85, 0.5, 0.4), pretrained="runs/example", natural=0.93)
     write_run(tmp_path / "pgd_at", "PGD-AT", "pgd_at", (0.85, 0.5, 0.4), begins="scratch")
     write_run(tmp_path / "wide", "AFD", "released", (0.85, 0.5, 0.4), arch="wrn34_10", natural=0.97)
-    lines = tables.results(read_runs([tmp_path])).splitlines()
+    lines = printed(results, read_runs([tmp_path])).splitlines()
     found = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Natural |")]
     assert [(line[1], line[3][:12], *line[7:]) for line in found] == [
         ("resnet18", "95.00 ± 1.41", "40"),
@@ -117,15 +133,15 @@ def test_natural_models_that_runs_began_with(tmp_path):
 def test_other_settings_and_parts_of_a_data_set_are_no_rows_of_the_paper(more, why, tmp_path):
     folder = write_run(tmp_path / "small", "AFD", "released", (0.85, 0.52, 0.46), **more)
     runs = read_runs([folder])
-    for table in (tables.table1(runs), tables.table3(runs), tables.table4(runs)):
+    for table in (printed(table1, runs), printed(table3, runs), printed(table4, runs)):
         assert "85.00" not in table and f"- {folder}: {why}" in table
-    assert "85.00" in tables.results(runs)
+    assert "85.00" in printed(results, runs)
 
 
 def test_held_out_and_evaluated_images_do_not_make_other_settings(tmp_path):
     write_run(tmp_path / "rift", "RiFT", "rift", (0.84, 0.49, 0.43), train=49_000, begins="robust")
     write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52), changed={"autoattack_n": 0})
-    table = tables.table1(read_runs([tmp_path]))
+    table = printed(table1, read_runs([tmp_path]))
     assert row(table, "RiFT")[1].startswith("84.00") and "Left out" not in table
     assert row(table, "AFD")[3:] == ["not run; paper 47.40", "not run; paper 61.66"]
 
@@ -135,10 +151,10 @@ def test_ablation_and_matched_runs_have_rows_of_their_own(tmp_path):
     write_run(tmp_path / "b", "AFD", "vaft_a", (0.82, 0.5, 0.4))
     write_run(tmp_path / "c", "vAFT", "vaft", (0.83, 0.5, 0.4), matched=True)
     write_run(tmp_path / "d", "vAFT", "vaft", (0.84, 0.5, 0.4))
-    table = tables.table3(read_runs([tmp_path]))
+    table = printed(table3, read_runs([tmp_path]))
     found = {line.split(" | ")[0].strip("| "): line.split(" | ")[1][:5] for line in table.splitlines()[2:6]}
     assert found == {"vAFT": "84.00", "vAFT (matched)": "83.00", "vAFT+D": "81.00", "vAFT+A": "82.00"}
-    assert row(tables.table1(read_runs([tmp_path])), "vAFT (matched)")[1].startswith("83.00")
+    assert row(printed(table1, read_runs([tmp_path])), "vAFT (matched)")[1].startswith("83.00")
 
 
 def test_autoattack_by_evaluation_later_counts(tmp_path):
@@ -146,7 +162,7 @@ def test_autoattack_by_evaluation_later_counts(tmp_path):
     (folder / "evaluation-autoattack.json").write_text(
         json.dumps({"dataset": "cifar10", "autoattack": figure(0.47, 1000)})
     )
-    assert row(tables.table1(read_runs([folder])), "AFD")[3].startswith("47.00 [43.9, 50.1] n=1000; paper 47.40")
+    assert row(printed(table1, read_runs([folder])), "AFD")[3].startswith("47.00 [43.9, 50.1] n=1000; paper 47.40")
     whole = write_run(tmp_path / "whole", "AFD", "released", (0.85, 0.52, 0.46))
     for dataset, n, expected in (("cifar10", 1000, 0.46), ("cifar100", 10_000, 0.46), ("cifar10", 10_000, 0.47)):
         (whole / "evaluation-autoattack.json").write_text(
@@ -166,12 +182,12 @@ def test_only_seeds_are_averaged(tmp_path):
     write_run(tmp_path / "example", "AFD", "released", (0.90, 0.5, 0.4), pretrained="example")
     runs = read_runs([tmp_path, tmp_path / "again"])
     assert len(runs) == 6
-    table = tables.table1(runs)
+    table = printed(table1, runs)
     assert row(table, "AFD")[1].startswith("80.00 [") and row(table, "AFD, from example")[1].startswith("90.00 [")
     assert row(table, "AFD (paper)")[1].startswith("30.00 [") and row(table, "AFD (digits)")[1].startswith("20.00 [")
     for name in ("gamma-25-seed0: of a sweep", "released-seed0: of a network"):  # `again` is the first of seed 0
         assert f"- {tmp_path}/{name}" in table
-    for of_paper in (tables.table3(runs), tables.table4(runs)):
+    for of_paper in (printed(table3, runs), printed(table4, runs)):
         assert "30.00" in of_paper and "10.00 [" not in of_paper
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastafd
-from fastafd import train
+from fastafd import cli, train
 from fastafd.checkpoint import load_run
 from fastafd.settings import RunError, Stopped, UsageError
 from fastafd.training.step import TrainStep
@@ -83,6 +83,9 @@ def test_run_folder(whole_run):
     }
     result = json.loads((whole_run / "result.json").read_text())
     assert set(result["models"]) == {"natural", "AFD", "AFD, f2"}
+    config = train.parse(["--config", str(whole_run / "config.yaml")])
+    assert list(result["settings"]) == [name for name, *_ in cli.entries(config)]
+    assert (result["settings"]["attack.eps"], result["settings"]["epochs"]) == ("8/255", 4)
     assert "pgd20" not in result["models"].pop("AFD, f2")
     for model in result["models"].values():
         for attack in ("clean", "pgd20"):

@@ -1,4 +1,4 @@
-"""AutoAttack standard (Croce and Hein 2020) through pyautoattack, past the library's traps."""
+"""AutoAttack standard (Croce and Hein 2020) by the library pyautoattack, with the work-arounds that it needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ REPORT_EVERY_S = 15.0  # seconds between two lines within one of its attacks
 
 
 class AutoAttackResult(NamedTuple):
-    """`x_adv` (N,3,H,W) and `predicted` (N,), on the CPU; the accuracy after each attack; the library's warnings."""
+    """x_adv (N,3,H,W) and predicted (N,), on the CPU.
+
+    The accuracy after each of its attacks; the library's warnings.
+    """
 
     x_adv: Tensor
     predicted: Tensor
@@ -28,27 +31,27 @@ class AutoAttackResult(NamedTuple):
 def run_autoattack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, report: Callable[[str], None]
 ) -> AutoAttackResult:
-    """The strongest point that APGD-CE, targeted APGD, targeted FAB and Square find for each image, in that order.
+    """Attack each image with APGD-CE, targeted APGD, targeted FAB and Square in turn, until one succeeds.
 
-    x: float32 (N,3,H,W) in [0,1]; y: (N,) int64; both on the CPU. Global generators are left as they were.
-    The targeted losses rank four classes: UsageError for a model with fewer.
+    x: float32 (N,3,H,W) in [0,1]; y: (N,) int64; both on the CPU. report: gets a line now and then. Global generators
+    are left as they were. Raises UsageError for a model with fewer than four classes, which the targeted losses rank.
     """
     from pyautoattack import AutoAttack
 
     device = next(model.parameters()).device
     classes = check_classes(model, x[:1])
-    x = x.contiguous(memory_format=torch.contiguous_format)  # a channels-last input breaks its gradient checks
+    x = x.contiguous(memory_format=torch.contiguous_format)  # its gradient checks fail with a channels-last input
     gpus = [device] if device.type == "cuda" else []
-    with _Log(report) as log, torch.random.fork_rng(devices=gpus):  # it seeds the global generators
+    with _Log(report) as log, torch.random.fork_rng(devices=gpus):  # the library seeds the global generators
         adversary = AutoAttack(_Logits(model), norm="Linf", eps=eps, version="standard", seed=seed, device=device)
-        if classes < 10:  # nine targets are the nine wrong classes of ten
+        if classes < 10:  # by default it targets nine wrong classes
             adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = classes - 1
         x_adv, predicted = adversary.run_standard_evaluation(x.to(device), y.to(device), batch_size=batch_size)
     return AutoAttackResult(x_adv.cpu(), predicted.cpu(), log.accuracy_after, log.warnings)
 
 
 def check_classes(model: nn.Module, x: Tensor) -> int:
-    """How many classes the model has. UsageError for fewer than four, which the targeted losses rank. x: (B,3,H,W)."""
+    """The number of classes of the model; UsageError if there are fewer than four. x: images (B,3,H,W)."""
     with torch.no_grad():
         classes = model(x.to(next(model.parameters()).device)).shape[1]
     if classes < 4:
@@ -57,7 +60,7 @@ def check_classes(model: nn.Module, x: Tensor) -> int:
 
 
 class _Logits(nn.Module):
-    """The classifier as AutoAttack wants it: fp32 logits in memory of their own, since Square writes into them."""
+    """The classifier in the form that AutoAttack needs: fp32 logits in new memory, because Square writes into them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -68,7 +71,7 @@ class _Logits(nn.Module):
 
 
 class _Log(logging.Handler):
-    """Turns the library's log into progress lines, and keeps its warnings and the accuracy after each attack."""
+    """Turns the library's log into progress lines; collects its warnings and the accuracy after each attack."""
 
     def __init__(self, report: Callable[[str], None]):
         super().__init__(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""What the counts of right answers say: intervals, and the table that a command prints."""
+"""The interval of an accuracy, and the table of accuracies that a command prints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from fastafd.console import Console
+from fastafd.settings import ATTACK_NAMES
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -16,17 +17,16 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def show(results: dict[str, dict[str, Any]], console: Console, title: str) -> None:
-    """One row a model, one column an attack: accuracy in per cent, its interval, and n."""
-    names = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
-    present = [attack for attack in names if any(attack in result for result in results.values())]
+def show_accuracies(results: dict[str, dict[str, Any]], console: Console, title: str) -> None:
+    """Print a table: a row for each model, a column for each attack, with accuracy in per cent, interval and n."""
+    present = [attack for attack in ATTACK_NAMES if any(attack in result for result in results.values())]
 
     def cell(result: dict[str, Any], attack: str) -> str:
         if attack not in result:
             return "–"
-        found = result[attack]
-        low, high = found["interval"]
-        return f"{100 * found['accuracy']:.2f} [{100 * low:.1f}, {100 * high:.1f}] n={found['n']}"
+        measured = result[attack]
+        low, high = measured["interval"]
+        return f"{100 * measured['accuracy']:.2f} [{100 * low:.1f}, {100 * high:.1f}] n={measured['n']}"
 
     rows = [[name, *(cell(result, attack) for attack in present)] for name, result in results.items()]
-    console.table(title, ["%", *(names[attack] for attack in present)], rows)
+    console.table(title, ["%", *(ATTACK_NAMES[attack] for attack in present)], rows)

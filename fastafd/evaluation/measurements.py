@@ -17,11 +17,11 @@ from fastafd.data import Split, balanced_draw, to_unit
 from fastafd.device import enough_memory, true_fp32
 from fastafd.evaluation.autoattack import check_classes, run_autoattack
 from fastafd.evaluation.counting import wilson
-from fastafd.settings import unknown
+from fastafd.settings import ATTACK_NAMES, unknown
 
 EPS = 8 / 255
 PGD20 = PGD(eps=EPS, step_size=0.003, steps=20, random_start=True)  # the paper's evaluation attack
-ATTACKS = ("clean", "pgd20", "autoattack")
+ATTACKS = tuple(ATTACK_NAMES)
 
 
 def evaluate(
@@ -93,15 +93,16 @@ def accuracy_under(
     label: str,
     warnings: list[str] | None = None,
 ) -> Tensor:
-    """Which of the images, uint8 (N,H,W,3) or float32 (N,3,H,W), stay correct: (N,) bool.
+    """Whether the model classifies each image right under the attack: (N,) bool, on the CPU.
 
-    The attack's starts come from a generator of their own. An attack under which the mean cross-entropy does not rise
-    proves nothing: the console says so, and `warnings` gets the sentence.
+    x: uint8 (N,H,W,3) or float32 (N,3,H,W). attack: None for clean images. A generator of `seed` draws the attack's
+    starts. If the attack does not raise the mean cross-entropy, it proves nothing: the console says so, and `warnings`
+    gets the sentence.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     correct = torch.zeros(len(y), dtype=torch.bool)
-    losses = torch.zeros(2, dtype=torch.float64, device=device)  # summed, before and under the attack
+    losses = torch.zeros(2, dtype=torch.float64, device=device)  # sums before and under the attack
     with Bar(console, label, len(y)) as bar:
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
@@ -132,17 +133,17 @@ def autoattack(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Which images survive AutoAttack standard, (N,) bool, and the accuracy after each of its attacks.
 
-    Every image that the library returns is checked here, against the ball and by the model, so the count is ours
-    and not a line of its log.
+    Every image that the library returns is checked here, against the ball and by the model. So this package counts
+    the survivors; it does not take the number from the library's log.
     """
-    found = run_autoattack(model, x, y, EPS, batch_size, seed, lambda line: console.line(f"{label}: {line}"))
-    outside = (found.x_adv - x).abs().max() > EPS + 1e-6 or found.x_adv.min() < 0 or found.x_adv.max() > 1
-    if outside or not found.x_adv.isfinite().all():
+    result = run_autoattack(model, x, y, EPS, batch_size, seed, lambda line: console.line(f"{label}: {line}"))
+    outside = (result.x_adv - x).abs().max() > EPS + 1e-6 or result.x_adv.min() < 0 or result.x_adv.max() > 1
+    if outside or not result.x_adv.isfinite().all():
         raise RuntimeError("AutoAttack returned an image outside the ball or outside [0,1]")
-    correct = accuracy_under(model, found.x_adv, y, None, batch_size, seed, console, f"{label} check")
-    survivors = correct & (found.predicted == y)
-    warnings = list(found.warnings)
-    if torch.equal(found.x_adv, x):  # it keeps what it did not break, so that the mean loss is what it was
+    correct = accuracy_under(model, result.x_adv, y, None, batch_size, seed, console, f"{label} check")
+    survivors = correct & (result.predicted == y)
+    warnings = list(result.warnings)
+    if torch.equal(result.x_adv, x):  # it returns the clean image wherever it does not break the model
         warnings.append("AutoAttack has changed no image, so it has not raised the mean loss")
         console.line(f"{label}: {warnings[-1]}; look at the model before this accuracy")
-    return survivors, {"version": "standard", "accuracy_after": found.accuracy_after, "warnings": warnings}
+    return survivors, {"version": "standard", "accuracy_after": result.accuracy_after, "warnings": warnings}

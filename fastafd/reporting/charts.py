@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, for the page: no library, no script, colours by its style sheet."""
+"""Line charts as inline SVG for the page, without a library or a script; the page's style sheet has the colours."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from html import escape
 
 
 def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], top: float | None = None) -> str:
-    """Lines against the step, as inline SVG; from zero, or below it where values are, to `top` or the highest value."""
-    found = [point for points in lines.values() for point in points]
-    if not found:
+    """Lines against the step as inline SVG; empty without points.
+
+    lines: points (step, value) by name. The axis goes from 0, or the lowest negative value, to `top` or the highest
+    value.
+    """
+    everything = [point for points in lines.values() for point in points]
+    if not everything:
         return ""
-    ups = _ticks(min(0.0, *(y for _, y in found)), top or max(y for _, y in found))
-    end = max(x for x, _ in found)
+    ups = _ticks(min(0.0, *(y for _, y in everything)), top or max(y for _, y in everything))
+    end = max(x for x, _ in everything)
     alongs = [tick for tick in _ticks(0.0, end) if tick <= end]
     left, right, head, foot, width, height = 42, 350, 28, 190, 360, 226
 
@@ -54,7 +58,7 @@ def _mark(index: int, x: float, y: float) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to six round numbers from one at most `low` to one at least `high`."""
+    """Four to six round numbers; the first is at most `low`, the last at least `high`."""
     span = (high - low) or 1.0
     power = 10 ** math.floor(math.log10(span))
     step = next(power * factor for factor in (0.2, 0.5, 1, 2) if span / (power * factor) <= 5)

@@ -1,11 +1,10 @@
-"""A report as one HTML file: nothing is loaded from elsewhere, no script, light and dark, screen and paper."""
+"""A report as one HTML file. It loads nothing and has no script; it fits light and dark, screen and paper."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,12 +17,13 @@ from PIL import Image
 
 from fastafd.files import save_text
 from fastafd.reporting.charts import line_chart
-from fastafd.reporting.figures import CAPTIONS
-from fastafd.reporting.runs import Run
-from fastafd.settings import pixels
+from fastafd.reporting.figures import CAPTIONS, FIGURES
+from fastafd.reporting.markdown import Table
+from fastafd.reporting.runs import Run, in_order
+from fastafd.reporting.tables import OF_PAPER, TABLES, fits, parameters, results
+from fastafd.settings import ATTACK_NAMES, UsageError, pixels
 
-ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
-# Of the seconds of fine-tuning: logged phase -> part of the bar. What is in none, logged or not, is "other".
+# The part of the bar that a logged phase of the training belongs to. All other seconds are the part "other".
 PARTS = {
     "data": "data",
     "inputs": "data",
@@ -37,18 +37,43 @@ PARTS = {
     "mixing": "choosing (RiFT)",
 }
 PHASES = ("pre-training", *dict.fromkeys(PARTS.values()), "other", "evaluation")
-FLAT = ("task", "method", "sgd")  # parts of a config whose settings go by their own names
-IN_PIXELS = ("eps", "step_size", "step_low", "step_high")  # settings that are written as 8/255
 
 
-def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: Sequence[Path], path: Path) -> None:
+def report(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `report.html` into the folder, with every table and figure that the runs have data for.
+
+    Returns its path.
+    """
+    tables = [("Results", results(runs)), ("Parameters", parameters(runs))]
+    tables += [(title, TABLES[name](runs)) for name, title in OF_PAPER.items() if any(fits(run) for run in runs)]
+    pictures = []
+    for draw in FIGURES.values():
+        try:
+            pictures.append(draw(runs, made(folder / "figures")))
+        except UsageError as error:
+            if str(error).startswith("plot"):  # matplotlib is missing; any other error: no run for this figure
+                raise
+    write_page(in_order(runs), tables, pictures, folder / "report.html")
+    return folder / "report.html"
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is created if it does not exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_page(
+    runs: Sequence[Run], tables: Sequence[tuple[str, Sequence[Table]]], figures: Sequence[Path], path: Path
+) -> None:
     """Write the report of `runs` to `path`.
 
-    tables: (title, Markdown); figures: PNGs; an SVG of the same name beside one is shown in its place.
+    tables: (title, tables below it). figures: PNG files; if an SVG file of the same name lies beside one, it is shown
+    instead.
     """
     title = f"{runs[0].label} on {runs[0].dataset}" if len(runs) == 1 else f"{len(runs)} runs"
-    own = "".join(_table_section(*table) for table in tables)
-    sections = [("tables", "Tables", own)] if tables else []
+    inner = "".join(f"<h3>{escape(heading)}</h3>{tables_html(below)}" for heading, below in tables)
+    sections = [("tables", "Tables", inner)] if tables else []
     if figures:
         sections.append(("figures", "Figures", "".join(_figure(figure) for figure in figures)))
     sections.append(("time", "Seconds", _time(runs)))
@@ -62,7 +87,7 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
     )
     dates = sorted({run.result["date"][:10] for run in runs})
     style = files("fastafd.reporting").joinpath("page.css").read_text()
-    made = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    finished = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     save_text(
         path,
         f"""<!doctype html>
@@ -75,7 +100,8 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
 <style>{style}</style>
 </head>
 <body>
-<header><h1>fastafd: {escape(title)}</h1><p>Finished {escape(made)}. Accuracy in per cent; attacks are l-infinity.</p>
+<header><h1>fastafd: {escape(title)}</h1>
+<p>Finished {escape(finished)}. Accuracy in per cent; attacks are l-infinity.</p>
 {nav}</header>
 <main>
 {body}
@@ -89,39 +115,27 @@ def write_page(runs: Sequence[Run], tables: Sequence[tuple[str, str]], figures: 
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def _table_section(title: str, text: str) -> str:
-    return f"<h3>{escape(title)}</h3>{markdown_html(text)}"
-
-
-def markdown_html(text: str) -> str:
-    """Tables, lists and paragraphs of Markdown as HTML, with **bold** and `code`; all else is shown as it stands."""
+def tables_html(tables: Sequence[Table]) -> str:
+    """The tables as HTML, with their titles, notes and left-out runs."""
     parts = []
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = block.splitlines()
-        if all(line.lstrip().startswith("|") for line in lines) and len(lines) > 1:
-            head, below, *rows = ([_inline(cell) for cell in _cells(line)] for line in lines)
-            right = [index for index, dashes in enumerate(below) if dashes.endswith(":")]
-            parts.append(_table(head, rows, right))
-        elif all(line.startswith("- ") for line in lines):
-            parts.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
-        else:
-            parts.append(f"<p>{_inline(' '.join(lines))}</p>")
+    for table in tables:
+        parts.append(f"<p>{_text(table.title)}</p>" if table.title else "")
+        rows = [[_text(cell) for cell in row] for row in table.rows]
+        parts.append(_table([_text(cell) for cell in table.head], rows))
+        parts += [f"<p>{_text(note)}</p>" for note in table.notes]
+        if table.left_out:
+            items = "".join(f"<li>{_text(line)}</li>" for line in table.left_out)
+            parts.append(f"<p>Left out:</p><ul>{items}</ul>")
     return "".join(parts)
 
 
-def _cells(line: str) -> list[str]:
-    inner = line.strip().removeprefix("|").removesuffix("|")
-    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", inner)]
-
-
-def _inline(text: str) -> str:
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-    text = re.sub(r"(\[[\d.]+,) ([\d.]+\])", r"\1&nbsp;\2", text)  # an interval stays on one line
-    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+def _text(text: str) -> str:
+    """The text as HTML; an interval stays on one line."""
+    return re.sub(r"(\[[\d.]+,) ([\d.]+\])", r"\1&nbsp;\2", escape(text))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Cells are HTML; columns `right` are set flush right. Wide tables scroll by themselves."""
+    """An HTML table; the cells are HTML. right: indices of the columns that are flush right. A wide table scrolls."""
 
     def row(cells: Sequence[str]) -> str:
         first, *rest = (f' class="right">{cell}' if at in right else f">{cell}" for at, cell in enumerate(cells))
@@ -138,13 +152,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[i
 
 
 def _figure(png: Path) -> str:
-    title, about = CAPTIONS.get(png.stem, (png.stem, ""))
+    title, caption = CAPTIONS.get(png.stem, (png.stem, ""))
     svg = png.with_suffix(".svg")
     kind, file = ("svg+xml", svg) if svg.exists() else ("png", png)
     return (
         f"<figure><h3>{escape(title)}</h3>"
-        f'<div class="scroll paper" tabindex="0">{_image(kind, file.read_bytes(), f"{title}: {about}")}</div>'
-        f"<figcaption>{escape(about)}</figcaption></figure>"
+        f'<div class="scroll paper" tabindex="0">{_image(kind, file.read_bytes(), f"{title}: {caption}")}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -156,28 +170,28 @@ def _image(kind: str, data: bytes, alt: str) -> str:
 
 
 def seconds_by_part(run: Run) -> dict[str, float]:
-    """Seconds of the parts of a run, PHASES, that took any; pre-training of unknown length is left out."""
+    """The seconds of each part of a run, without parts that took none and without pre-training of unknown length."""
     seconds = run.result["seconds"]
-    found = dict.fromkeys(PHASES, 0.0)
-    found["pre-training"] = seconds["pretraining"] or 0.0
+    parts = dict.fromkeys(PHASES, 0.0)
+    parts["pre-training"] = seconds["pretraining"] or 0.0
     for phase, spent in seconds["finetuning"].items():
         if phase in PARTS:
-            found[PARTS[phase]] += spent
-    logged = sum(found[part] for part in set(PARTS.values()))
-    found["other"] = max(0.0, seconds["finetuning"]["wall"] - logged)
-    found["evaluation"] = seconds["evaluation"]
-    return {part: spent for part, spent in found.items() if spent}
+            parts[PARTS[phase]] += spent
+    logged = sum(parts[part] for part in set(PARTS.values()))
+    parts["other"] = max(0.0, seconds["finetuning"]["wall"] - logged)
+    parts["evaluation"] = seconds["evaluation"]
+    return {part: spent for part, spent in parts.items() if spent}
 
 
 def _time(runs: Sequence[Run]) -> str:
-    """A bar a run, and the same in a table."""
-    of_runs = [seconds_by_part(run) for run in runs]
-    longest = max(sum(parts.values()) for parts in of_runs)
-    shown = [part for part in PHASES if part == "pre-training" or any(part in parts for parts in of_runs)]
+    """A bar for each run, and the same numbers in a table."""
+    parts_of_runs = [seconds_by_part(run) for run in runs]
+    longest = max(sum(parts.values()) for parts in parts_of_runs)
+    shown = [part for part in PHASES if part == "pre-training" or any(part in parts for parts in parts_of_runs)]
     bars, rows = [], []
-    for run, parts in zip(runs, of_runs, strict=True):
+    for run, parts in zip(runs, parts_of_runs, strict=True):
         total = sum(parts.values())
-        said = ", ".join(f"{part} {spent:.1f} s" for part, spent in parts.items())
+        label = ", ".join(f"{part} {spent:.1f} s" for part, spent in parts.items())
         segments = "".join(
             f'<span class="p{PHASES.index(part)}" style="width:{100 * spent / total:.3f}%" '
             f'title="{part} {spent:.1f} s"></span>'
@@ -185,7 +199,7 @@ def _time(runs: Sequence[Run]) -> str:
         )
         bars.append(
             f'<div class="run"><span>{escape(_run_title(run))}</span><div class="track">'
-            f'<div class="bar" role="img" aria-label="{said}" style="width:{100 * total / longest:.3f}%">{segments}'
+            f'<div class="bar" role="img" aria-label="{label}" style="width:{100 * total / longest:.3f}%">{segments}'
             "</div></div></div>"
         )
         cells = [f"{parts[part]:.1f}" if part in parts else "–" for part in shown]
@@ -212,16 +226,16 @@ def _run_title(run: Run) -> str:
 def _run(run: Run) -> str:
     result = run.result
     data = result["dataset"]
-    about = (
+    summary = (
         f"{run.arch} on {data['name']}, {data['train']} training and {data['test']} test images of "
         f"{len(data['classes'])} classes; seed {run.seed}."
     )
-    head = ["accuracy, %", *ATTACKS.values()]
+    head = ["accuracy, %", *ATTACK_NAMES.values()]
     rows = [
-        [escape(name), *(_accuracy(figures.get(attack)) for attack in ATTACKS)]
-        for name, figures in (result["models"] | {result["label"]: run.trained}).items()
+        [escape(name), *(_accuracy(accuracies.get(attack)) for attack in ATTACK_NAMES)]
+        for name, accuracies in (result["models"] | {result["label"]: run.trained}).items()
     ]
-    made = {
+    made_with = {
         "device": result["device"],
         "arithmetic": result["amp"],
         "date": result["date"],
@@ -229,23 +243,25 @@ def _run(run: Run) -> str:
         "Python": result["python"],
         **result["versions"],
     }
-    terms = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in made.items())
+    terms = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in made_with.items()
+    )
     return (
-        f"<p>{escape(about)}</p>{_table(head, rows)}"
+        f"<p>{escape(summary)}</p>{_table(head, rows)}"
         f"<h3>Training</h3>{_curves(run)}<h3>Examples</h3>{_examples(run)}"
         f"<h3>Configuration</h3>{_configuration(run)}<h3>Made with</h3><dl>{terms}</dl>"
     )
 
 
-def _accuracy(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _accuracy(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
         return "not run"
-    low, high = (100 * bound for bound in found["interval"])
-    return f"{100 * found['accuracy']:.2f} <small>[{low:.1f}, {high:.1f}] n={found['n']}</small>"
+    low, high = (100 * bound for bound in measured["interval"])
+    return f"{100 * measured['accuracy']:.2f} <small>[{low:.1f}, {high:.1f}] n={measured['n']}</small>"
 
 
 def _curves(run: Run) -> str:
-    """Accuracies and loss, a point a line of the log."""
+    """Charts of the accuracies and of the loss; each line of the log is a point."""
 
     def points(name: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], factor * line[name]) for line in run.log if name in line]
@@ -259,13 +275,17 @@ def _curves(run: Run) -> str:
 
 
 def _examples(run: Run) -> str:
-    kept = run.samples
-    if kept is None:
+    samples = run.samples
+    if samples is None:
         return "<p>This run kept no examples (samples.npz).</p>"
     classes, eps = run.result["dataset"]["classes"], pixels(run.trained["eps"], "eps")
     shown = []
     for image, change, label, clean, attacked in zip(
-        kept["images"], kept["perturbation"].astype(np.float32), kept["label"], kept["clean"], kept["attacked"]
+        samples["images"],
+        samples["perturbation"].astype(np.float32),
+        samples["label"],
+        samples["clean"],
+        samples["attacked"],
     ):
         true, seen, fooled = (classes[index] for index in (label, clean, attacked))
         pictures = {
@@ -283,13 +303,13 @@ def _examples(run: Run) -> str:
         }
         cells = "".join(
             f'<div class="{"" if right else "wrong"}">{_image("png", _png(picture), alt)}'
-            f"<span>{escape(said)}{'' if right else '&nbsp;✗'}</span></div>"
-            for said, (picture, right, alt) in pictures.items()
+            f"<span>{escape(caption)}{'' if right else '&nbsp;✗'}</span></div>"
+            for caption, (picture, right, alt) in pictures.items()
         )
         shown.append(f"<li><p>{escape(true)}</p><div>{cells}</div></li>")
     return (
         f"<p>Test images, each under its true class: clean and attacked by PGD-20 with eps {run.trained['eps']}, with "
-        f"what the model takes it for (✗ where wrong), and the perturbation, magnified {0.5 / eps:.0f} times around "
+        f"what the model takes it for (✗ if wrong), and the perturbation, magnified {0.5 / eps:.0f} times around "
         f'grey.</p><ul class="examples">{"".join(shown)}</ul>'
     )
 
@@ -305,32 +325,11 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _configuration(run: Run) -> str:
-    """Every setting; those that are not the recipe's own are marked."""
+    """Every setting; those that differ from the recipe's are marked."""
     rows = []
-    for name, value in _settings(run.config):
-        shown = escape(_shown(name, value))
+    for name, value in run.settings.items():
+        shown = escape(value if isinstance(value, str) else "none" if value is None else json.dumps(value))
         mark = f"<strong>{shown}</strong> <mark>not the recipe's</mark>" if name in run.changed else shown
         rows.append([f"<code>{escape(name)}</code>", mark])
-    count = f"{len(run.changed)} of {len(rows)} are not those of recipe {escape(str(run.config['recipe']))}"
+    count = f"{len(run.changed)} of {len(rows)} differ from recipe {escape(str(run.config['recipe']))}"
     return f"<details><summary>{len(rows)} settings; {count}</summary>{_table(['setting', 'value'], rows)}</details>"
-
-
-def _settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(name as the command line has it, value) of every setting."""
-    found: list[tuple[str, Any]] = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found += _settings(value, prefix if name in FLAT else f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, value))
-    return found
-
-
-def _shown(name: str, value: Any) -> str:
-    if (
-        isinstance(value, float)
-        and name.rpartition(".")[2] in IN_PIXELS
-        and math.isclose(round(255 * value), 255 * value)
-    ):
-        return f"{round(255 * value)}/255"
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Run folders as a report reads them: JSON and arrays, without loading a model."""
+"""Reading run folders: JSON and arrays, no models."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What tables call the model: the method, and which recipe of it where there are several."""
+        """The name of the model in tables: the method, and the recipe if the method has several."""
         recipe, label = self.config["recipe"], self.result["label"]
-        named = {"released": "AFD", "vaft_d": "vAFT+D", "vaft_a": "vAFT+A"}.get(recipe)
-        if named is None:
-            named = f"AFD ({recipe})" if label == "AFD" else label
-        return named + (" (matched)" if self.config["matched"] else "")
+        name = {"released": "AFD", "vaft_d": "vAFT+D", "vaft_a": "vAFT+A"}.get(recipe)
+        if name is None:
+            name = f"AFD ({recipe})" if label == "AFD" else label
+        return name + (" (matched)" if self.config["matched"] else "")
 
     @property
     def place(self) -> tuple[int, str]:
-        """What sorts labels as the paper's Table 5 does, and those of one method by name."""
+        """Sort key: row of Table 5, then label."""
         order = [*TABLE5]
         method = self.result["label"]
         return order.index(method) if method in order else len(order), self.label
 
     @property
     def origin(self) -> str:
-        """The given weights that it began with, or nothing where they are its own."""
-        given = self.config["pretrained"]
-        return "" if given is None else Path(given).name
+        """The name of the file that `pretrained` named; empty if the run trained its starting weights itself."""
+        pretrained = self.config["pretrained"]
+        return "" if pretrained is None else Path(pretrained).name
 
     @property
     def varied(self) -> str | None:
-        """The weight that a run of a sweep varies, by its folder's name (benchmarks/sweep.py): gamma-25-seed0."""
+        """The weight that a sweep varies, from the folder's name (gamma-25-seed0); None for a run of no sweep."""
         first = self.folder.name.split("-")[0]
         return first if first in ("alpha", "beta", "gamma") and first in self.config["method"] else None
 
@@ -68,24 +68,32 @@ class Run:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Settings that are not the recipe's own, by dotted name."""
+        """The settings that differ from the recipe's, by dotted name."""
         return self.result["changed"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by dotted name. Runs from before 2026-11-26 have only nested ones, with other prefixes."""
+        return self.result.get("settings") or _dotted(self.config)
 
     @cached_property
     def trained(self) -> dict[str, Any]:
-        """The figures of the model that the run trained: {"clean": {"accuracy": …, "interval": …, "n": …}, …}."""
-        found = self.result["models"][self.result["label"]]
-        file = self.folder / "evaluation-autoattack.json"  # by fastafd.evaluate, later
+        """The accuracies of the trained model: {"clean": {"accuracy": …, "interval": …, "n": …}, …}.
+
+        AutoAttack's is the later one of `fastafd.evaluate` if that one attacked at least as many images.
+        """
+        accuracies = self.result["models"][self.result["label"]]
+        file = self.folder / "evaluation-autoattack.json"
         if file.exists():
             later = json.loads(file.read_text())
-            most = found.get("autoattack", {"n": 0})["n"]
-            if later["dataset"] == self.dataset and later["autoattack"]["n"] >= most:
-                return found | {"autoattack": later["autoattack"]}
-        return found
+            n = accuracies.get("autoattack", {"n": 0})["n"]
+            if later["dataset"] == self.dataset and later["autoattack"]["n"] >= n:
+                return accuracies | {"autoattack": later["autoattack"]}
+        return accuracies
 
     @property
     def confused(self) -> dict[str, Any] | None:
-        """The figures of its f2, where it is disentangled."""
+        """The accuracies of f2, the confused features; None for a method without disentanglement."""
         return self.result["models"].get(f"{self.result['label']}, f2")
 
     @cached_property
@@ -94,16 +102,16 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def by_epoch(self, name: str) -> dict[int, float]:
-        """The mean of a logged figure in every epoch (from 1) that has it."""
-        found: dict[int, list[float]] = {}
+        """The mean of a logged metric in each epoch, from 1; epochs in which it was not logged are missing."""
+        by_epoch: dict[int, list[float]] = {}
         for line in self.log:
             if name in line:
-                found.setdefault(line["epoch"], []).append(line[name])
-        return {epoch: sum(values) / len(values) for epoch, values in found.items()}
+                by_epoch.setdefault(line["epoch"], []).append(line[name])
+        return {epoch: sum(values) / len(values) for epoch, values in by_epoch.items()}
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray] | None:
-        """The arrays of samples.npz (`fastafd.samples`), or None where an older run has none."""
+        """The arrays of samples.npz (`fastafd.samples`); None if the run has no such file."""
         file = self.folder / "samples.npz"
         if not file.exists():
             return None
@@ -112,21 +120,29 @@ class Run:
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
-    """By data set and network, then as in the paper's Table 5, then by seed."""
+    """The runs sorted by data set and network, then as in Table 5, then by seed."""
     return sorted(runs, key=lambda run: (run.dataset, run.arch, run.place, run.seed))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The finished runs in these folders, each a run folder or one that holds such. UsageError where there is none."""
+    """The finished runs in these folders; each is a run folder or holds run folders. UsageError if there are none."""
     files: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise UsageError(f"runs: got {path}, takes a run folder with a result.json, or a folder of such")
+            raise UsageError(f"runs: got {path}, takes a run folder with a result.json, or a folder of run folders")
         for file in (path / "result.json", *sorted(path.glob("*/result.json"))):
             if file.exists():
                 files.setdefault(file.resolve(), file)
-    found = [Run(file.parent, json.loads(file.read_text())) for file in files.values()]
-    found = [run for run in found if "label" in run.result]  # else it is of a fastafd before reports
-    if not found:
-        raise UsageError(f"runs: no finished run in {', '.join(map(str, paths))}; one has a result.json")
-    return found
+    runs = [Run(file.parent, json.loads(file.read_text())) for file in files.values()]
+    runs = [run for run in runs if "label" in run.result]  # a version of fastafd before reports wrote none
+    if not runs:
+        raise UsageError(f"runs: no finished run in {', '.join(map(str, paths))}; a finished run has a result.json")
+    return runs
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by dotted name."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        settings |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
