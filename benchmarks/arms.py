@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.clock import RESULTS, device_name, result_file
 from benchmarks.epoch_tables import IMAGES
-from benchmarks.epoch_time import HERE, Step, random_batches, sampled, save
-from benchmarks.forms import our_step
-from benchmarks.kernels import device_name
+from benchmarks.epoch_time import Step, sampled, save
+from benchmarks.forms import our_step, random_batches
 from fastafd.attacks.arms import ARMS, Form
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.models import build_model
@@ -75,13 +75,13 @@ def needs(name: str, device: torch.device) -> str:
     return f"needs PyTorch 2.14, this is {torch.__version__}" if name == "templates" and version < (2, 14) else ""
 
 
-def measure(given: argparse.Namespace, device: torch.device, result: dict[str, Any], out: Path) -> None:
+def measure(args: argparse.Namespace, device: torch.device, result: dict[str, Any], out: Path) -> None:
     """A row for each form, written to `out` as soon as it is there."""
     amp = result["amp"]
     losses: dict[str, float] = {}
     torch.manual_seed(0)
-    net = build_model(given.arch, 10).to(device)
-    batches = random_batches(given.batch, given.steps, device)
+    net = build_model(args.arch, 10).to(device)
+    batches = random_batches(args.batch, args.steps, device)
 
     def built(name: str) -> TrainStep:
         step = step_with(net, amp, FORMS[name])
@@ -93,8 +93,8 @@ def measure(given: argparse.Namespace, device: torch.device, result: dict[str, A
     plain = built("plain")
 
     def beside_plain(name: str, build: Callable[[], Step]) -> dict[str, Any]:
-        _, found = sampled({"plain": lambda: plain, name: build}, batches, given.rounds, device)
-        seconds, of_plain = found[name]["step_s"], found["plain"]["step_s"]
+        _, samples = sampled({"plain": lambda: plain, name: build}, batches, args.rounds, device)
+        seconds, of_plain = samples[name]["step_s"], samples["plain"]["step_s"]
         x_plain = statistics.median(a / b for a, b in zip(seconds, of_plain, strict=True))
         return {"step_s": seconds, "plain_step_s": of_plain, "x_plain": x_plain, "loss": losses[name]}
 
@@ -107,9 +107,9 @@ def measure(given: argparse.Namespace, device: torch.device, result: dict[str, A
             elif name in FORMS:
                 row |= beside_plain(name, lambda name=name: built(name))  # type: ignore[misc]
             else:
-                _, before = sampled({"plain": lambda: plain}, batches, given.rounds, device)
-                apart = in_a_process(given, name)
-                _, after = sampled({"plain": lambda: plain}, batches, given.rounds, device)
+                _, before = sampled({"plain": lambda: plain}, batches, args.rounds, device)
+                apart = in_a_process(args, name)
+                _, after = sampled({"plain": lambda: plain}, batches, args.rounds, device)
                 of_plain = before["plain"]["step_s"] + after["plain"]["step_s"]
                 x_plain = statistics.median(apart["step_s"]) / statistics.median(of_plain)
                 row |= apart | {"plain_step_s": of_plain, "x_plain": x_plain}
@@ -117,35 +117,35 @@ def measure(given: argparse.Namespace, device: torch.device, result: dict[str, A
             row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         if "loss" in row:
             row["off"] = abs(row["loss"] / losses["plain"] - 1)
-            row["epoch_s"] = statistics.median(row["step_s"]) * (IMAGES // given.batch)
-            row["plain_epoch_s"] = statistics.median(row["plain_step_s"]) * (IMAGES // given.batch)
+            row["epoch_s"] = statistics.median(row["step_s"]) * (IMAGES // args.batch)
+            row["plain_epoch_s"] = statistics.median(row["plain_step_s"]) * (IMAGES // args.batch)
         result["rows"].append(row)
         save(result, out)
         gc.collect()
         print(line(row), flush=True)
 
 
-def in_a_process(given: argparse.Namespace, name: str) -> dict[str, Any]:
+def in_a_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Seconds of a step in each round, and the first step's loss, where the environment says how to compile."""
     environment, form = PROCESSES[name]
-    command = [sys.executable, "-m", "benchmarks.arms", "--only", form, "--arch", given.arch, "--device", given.device]
+    command = [sys.executable, "-m", "benchmarks.arms", "--only", form, "--arch", args.arch, "--device", args.device]
     for flag in ("batch", "steps", "rounds"):
-        command += [f"--{flag}", str(getattr(given, flag))]
-    done = subprocess.run(command, env=os.environ | environment, cwd=HERE.parent, capture_output=True, text=True)
+        command += [f"--{flag}", str(getattr(args, flag))]
+    done = subprocess.run(command, env=os.environ | environment, cwd=RESULTS.parents[1], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr[-300:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def only(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def only(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One form alone, in this process."""
     torch.manual_seed(0)
-    step = step_with(build_model(given.arch, 10).to(device), resolve_amp("auto", device), FORMS[given.only])
-    batches = random_batches(given.batch, given.steps, device)
+    step = step_with(build_model(args.arch, 10).to(device), resolve_amp("auto", device), FORMS[args.only])
+    batches = random_batches(args.batch, args.steps, device)
     loss = float(step(*batches[0])["loss"])
-    _, found = sampled({given.only: lambda: step}, batches, given.rounds, device)
-    return {"step_s": found[given.only]["step_s"], "loss": loss}
+    _, samples = sampled({args.only: lambda: step}, batches, args.rounds, device)
+    return {"step_s": samples[args.only]["step_s"], "loss": loss}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -169,27 +169,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that mean nothing")
     parser.add_argument("--only", choices=list(FORMS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, metavar="FILE")
-    given = parser.parse_args(argv)
-    device = resolve_device(given.device)
-    if given.tiny:
-        given.arch, given.batch, given.steps, given.rounds = "resnet8_half", 4, 1, 2
+    args = parser.parse_args(argv)
+    device = resolve_device(args.device)
+    if args.tiny:
+        args.arch, args.batch, args.steps, args.rounds = "resnet8_half", 4, 1, 2
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         torch.set_num_threads(1)
-    if given.only:
-        print(json.dumps(only(given, device)))
+    if args.only:
+        print(json.dumps(only(args, device)))
         return 0
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
-    out = given.out or HERE / "results" / f"arms-{name}.json"
+    out = args.out or result_file("arms", device)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
-    result |= {"arch": given.arch, "batch": given.batch, "amp": resolve_amp("auto", device)}
+    result |= {"arch": args.arch, "batch": args.batch, "amp": resolve_amp("auto", device)}
     result |= {"references": device.type == "cpu", "rows": []}
     earlier = json.loads(out.read_text()) if out.exists() else {}
     if all(earlier.get(key) == result[key] for key in SAME):  # it was cut short
         result["rows"] = [row for row in earlier["rows"] if "failed" not in row]
     note = "; the forms run as their references: these figures say nothing of a GPU" if device.type == "cpu" else ""
-    print(f"{given.arch}, batch {given.batch}, {result['device']}, PyTorch {torch.__version__}{note}", flush=True)
-    measure(given, device, result, out)
+    print(f"{args.arch}, batch {args.batch}, {result['device']}, PyTorch {torch.__version__}{note}", flush=True)
+    measure(args, device, result, out)
     print(f"\nall of it in {out}")
     return 0
 

@@ -1,8 +1,11 @@
-"""Each operation of `fastafd.kernels` as a user would write it, the same compiled, and ours; run by benchmarks.kernels.
+"""Each operation of `fastafd.kernels` in three forms: as a user would write it, the same compiled, and ours.
 
-On CUDA a round is one replay of a graph of CALLS calls on as many input sets, timed with device events, so that
-launches do not count and the larger operations find no warm cache; on a CPU it is CALLS calls, and ours is the
-reference behind the operation. Losses are timed with their gradients. The bytes are the least that must move: each
+    python -m pytest benchmarks/bench_kernels.py --benchmark-autosave
+    python -m pytest benchmarks/bench_kernels.py --benchmark-compare --benchmark-compare-fail=median:10%
+
+Under pytest-benchmark, to compare two commits on one machine: a round is CALLS calls on as many input sets, launches
+included. `python -m benchmarks.kernels` times the same cases without launches, and makes the table. Losses are timed
+with their gradients. On a CPU, ours is the reference behind the operation. `moved` is the least that must move: each
 input once, each output once.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import plain
+from benchmarks.clock import wait
 from fastafd.kernels import afd_loss, attack_head, augment, kl_loss, linf_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +35,7 @@ WEIGHTS = {"alpha": 0.05, "beta": 0.25, "gamma": 25.0}
 
 @dataclass
 class Case:
-    """One operation at one size: inputs drawn anew at each call, the plain form, ours, and the bytes of one call."""
+    """One operation at one size: `draw` makes new inputs; plain PyTorch; our operation; the bytes that a call moves."""
 
     draw: Callable[[], tuple[Any, ...]]
     plain: Callable[..., Any]
@@ -112,7 +117,7 @@ def images() -> Tensor:
     return torch.rand(BATCH, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
-def step_case(size: str) -> Case:
+def step_case() -> Case:
     def draw() -> tuple[Any, ...]:
         return images(), normal(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last), images()
 
@@ -126,7 +131,7 @@ def step_case(size: str) -> Case:
     return Case(draw, written_out, ours, nbytes(x_adv, x_adv, grad, x))
 
 
-def augment_case(size: str) -> Case:
+def augment_case() -> Case:
     def draw() -> tuple[Any, ...]:
         x = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8, device=DEVICE)
         return x, torch.randint(0, 9, (BATCH, 2), device=DEVICE), torch.rand(BATCH, device=DEVICE) < 0.5
@@ -140,71 +145,36 @@ def augment_case(size: str) -> Case:
     )
 
 
-CASES = {"afd_loss": afd_case, "attack_head": head_case, "kl_loss": kl_case}
-PIXELS = {"linf_step": step_case, "augment": augment_case}
-TABLE = [(name, size) for name in CASES for size in SIZES] + [(name, "32x32 images") for name in PIXELS]
+SIZED = {"afd_loss": afd_case, "attack_head": head_case, "kl_loss": kl_case}
+CASES: dict[tuple[str, str], Callable[[], Case]] = {
+    **{(name, size): partial(make, size) for name, make in SIZED.items() for size in SIZES},
+    ("linf_step", "32x32 images"): step_case,
+    ("augment", "32x32 images"): augment_case,
+}
+FORMS = ("eager", "compiled", "ours")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a CPU: two threads that wait for each other measure whatever else the machine does."""
+def form_of(case: Case, form: str) -> Callable[..., Any]:
+    """The function of a case in the form "eager", "compiled" or "ours"."""
+    if form == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(case.plain, fullgraph=True)
+    return case.ours if form == "ours" else case.plain
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name, size", CASES)
+def test_operation(name: str, size: str, form: str, benchmark: Any) -> None:
     torch.set_num_threads(1)
-
-
-def measure(benchmark: Any, function: Callable[..., Any], inputs: list[tuple[Any, ...]], moved: int) -> None:
-    """Time `function` over the input sets; the time of a round is that of all of them."""
+    torch.manual_seed(0)
+    case = CASES[name, size]()
+    call, inputs = form_of(case, form), [case.draw() for _ in range(CALLS)]
 
     def round_of_calls() -> None:
         for drawn in inputs:
-            function(*drawn)
+            call(*drawn)
+        wait(torch.device(DEVICE))
 
-    warm, replays = 3, 1
-    if DEVICE == "cuda":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warm):
-                round_of_calls()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            round_of_calls()
-        start = torch.cuda.Event(enable_timing=True)
-        start.record()
-
-        def device_seconds() -> float:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-            now.synchronize()
-            return start.elapsed_time(now) / 1e3
-
-        benchmark._timer = device_seconds
-        replays = 20  # the device idles between the rounds' events until the first of them is launched
-
-        def round_of_calls() -> None:
-            for _ in range(replays):
-                graph.replay()
-
-    benchmark.extra_info |= {"calls": replays * len(inputs), "bytes": moved}
-    benchmark.pedantic(round_of_calls, rounds=100, iterations=1, warmup_rounds=warm)
-
-
-@pytest.mark.parametrize("form", ["eager", "compiled", "ours"])
-@pytest.mark.parametrize("name, size", TABLE)
-def test_operation(name: str, size: str, form: str, benchmark: Any) -> None:
-    torch.manual_seed(0)
-    case = (CASES | PIXELS)[name](size)
-    function = case.ours if form == "ours" else case.plain
-    if form == "compiled":
-        torch._dynamo.reset()
-        function = torch.compile(function, fullgraph=True)
-    benchmark.extra_info |= {"operation": name, "size": size, "form": form}
+    benchmark.extra_info |= {"calls": len(inputs), "bytes": case.moved}
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        measure(benchmark, function, [case.draw() for _ in range(CALLS)], case.moved)
-
-
-def test_copy(benchmark: Any) -> None:
-    """The bandwidth that a copy of large tensors reaches: what the others are held against."""
-    pairs = [tuple(torch.rand(2**26 if DEVICE == "cuda" else 2**24, device=DEVICE) for _ in range(2)) for _ in range(2)]
-    benchmark.extra_info |= {"operation": "copy", "size": "float32", "form": "eager"}
-    measure(benchmark, lambda a, b: b.copy_(a), pairs, 2 * nbytes(pairs[0][0]))
+        benchmark.pedantic(round_of_calls, rounds=100, iterations=1, warmup_rounds=3)

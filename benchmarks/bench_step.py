@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from benchmarks.clock import wait
-from benchmarks.epoch_time import random_batches
-from benchmarks.forms import forms
+from benchmarks.forms import random_batches, step_forms
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.models import build_model
 from fastafd.training.graphs import WARM_UPS
@@ -30,7 +29,7 @@ def test_step(form: str, benchmark: Any) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # for every form: cuDNN remembers for a shape whichever came first
     net = build_model(ARCH, 10).to(DEVICE)
-    step = forms(net, "afd", resolve_amp("auto", DEVICE), [])[form]()
+    step = step_forms(net, "afd", resolve_amp("auto", DEVICE), [])[form]()
     (batch,) = random_batches(BATCH, 1, DEVICE)
 
     def run() -> None:

@@ -4,7 +4,7 @@
     python -m benchmarks.convolutions --templates    # also Triton's templates, which autotune first
 
 bf16 channels_last on CUDA, fp32 channels_last in one thread on a CPU. On CUDA a round is one replay of a graph of 16
-calls, each with inputs and an output of its own; the median of the rounds is given. The forms:
+calls, each with inputs and an output of its own; the median of the rounds is args. The forms:
 
     forward, dgrad, wgrad   F.conv2d; the input's gradient alone; the weight's alone
     dgrad as forward        F.conv2d of the output's gradient, with weights flipped and transposed beforehand; of stride
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -36,8 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.clock import limits, median_seconds
-from benchmarks.kernels import device_name
+from benchmarks.clock import device_name, limits, median_seconds, result_file
 from fastafd.attacks.arms import turned_gradient, turned_weights
 from fastafd.models import build_model
 
@@ -85,13 +83,13 @@ class Shape:
 
 def shapes(arch: str) -> Counter[Shape]:
     """The distinct convolutions of a network in the order of its forward pass, and how often it has each."""
-    found: Counter[Shape] = Counter()
+    counts: Counter[Shape] = Counter()
 
     def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
         _, c_in, side, _ = inputs[0].shape
         shape = Shape(c_in, side, module.out_channels, module.kernel_size[0], module.stride[0])
         assert module.groups == 1 and (shape.padding, shape.out_side) == (module.padding[0], output.shape[2])
-        found[shape] += 1
+        counts[shape] += 1
 
     with torch.device("meta"):
         net = build_model(arch, 10).eval()
@@ -99,7 +97,7 @@ def shapes(arch: str) -> Counter[Shape]:
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(note)
         net(torch.empty(1, 3, 32, 32))
-    return found
+    return counts
 
 
 def draw(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -123,7 +121,7 @@ def turned(shape: Shape, w: Tensor) -> dict[str, Tensor]:
     return {f"turned{i}": v for i, v in enumerate(turned_weights(w, [shape.stride] * 2, [shape.padding] * 2))}
 
 
-def forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable[..., Tensor], str]]:
+def shape_forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable[..., Tensor], str]]:
     """Every form of a convolution, and its operands as `draw` names them."""
     stride, padding = [shape.stride] * 2, [shape.padding] * 2
 
@@ -142,25 +140,25 @@ def forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable
     def biased(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.conv2d(x, w, b, stride, padding).relu()
 
-    found: dict[str, tuple[Callable[..., Tensor], str]] = {"forward": (forward, "x w"), "dgrad": (dgrad, "g x w")}
+    forms: dict[str, tuple[Callable[..., Tensor], str]] = {"forward": (forward, "x w"), "dgrad": (dgrad, "g x w")}
     names = turned(shape, torch.empty(shape.c_out, shape.c_in, shape.kernel, shape.kernel, device="meta"))
     square = [shape.kernel] * 2, stride, padding, [shape.side] * 2
-    found["dgrad as forward"] = lambda g, *w: turned_gradient(g, w, *square), " ".join(["g", *names])
-    found["wgrad"] = lambda g, x, w: backward(g, x, w, 1), "g x w"
-    found["bias, ReLU"] = biased, "x w b"
-    found["compiled"] = torch.compile(biased, dynamic=False), "x w b"
+    forms["dgrad as forward"] = lambda g, *w: turned_gradient(g, w, *square), " ".join(["g", *names])
+    forms["wgrad"] = lambda g, x, w: backward(g, x, w, 1), "g x w"
+    forms["bias, ReLU"] = biased, "x w b"
+    forms["compiled"] = torch.compile(biased, dynamic=False), "x w b"
     if cuda:
         fused = torch.ops.aten.cudnn_convolution_relu
-        found["cuDNN fused"] = lambda x, w, b: fused(x, w, b, stride, padding, [1, 1], 1), "x w b"
+        forms["cuDNN fused"] = lambda x, w, b: fused(x, w, b, stride, padding, [1, 1], 1), "x w b"
     if cuda and templates:
         # Inductor makes a product of a 1x1 convolution of stride 1, hence the backends of products.
         backends = {"max_autotune_conv_backends": "TRITON", "max_autotune_gemm_backends": "TRITON"}
         template = torch.compile(biased, dynamic=False, options={"max_autotune": True, **backends})
-        found["Triton template"] = template, "x w b"
+        forms["Triton template"] = template, "x w b"
     if shape.c_in == 3:
-        found["forward of 8"] = forward, "x8 w8"
-        found["dgrad of 8"] = lambda g, x, w: dgrad(g, x, w)[:, :3], "g x8 w8"
-    return found
+        forms["forward of 8"] = forward, "x8 w8"
+        forms["dgrad of 8"] = lambda g, x, w: dgrad(g, x, w)[:, :3], "g x8 w8"
+    return forms
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -169,13 +167,13 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 
 def times(
-    found: dict[str, tuple[Callable[..., Tensor], str]], sets: list[dict[str, Tensor]], rounds: int
+    forms: dict[str, tuple[Callable[..., Tensor], str]], sets: list[dict[str, Tensor]], rounds: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds of every form that works, and why the others do not."""
     us: dict[str, float] = {}
     failed: dict[str, str] = {}
     results: dict[str, Tensor] = {}
-    for form, (function, names) in found.items():
+    for form, (function, names) in forms.items():
         torch._dynamo.reset()
         inputs = [[drawn[name] for name in names.split()] for drawn in sets]
         try:
@@ -191,7 +189,7 @@ def times(
     return us, failed
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def convolutions_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for each network a line for every convolution, then what share of the roofline the library reaches."""
     return "\n\n".join(of_arch([row for row in rows if row["arch"] == arch]) for arch in arches(rows))
 
@@ -221,11 +219,11 @@ def of_arch(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def about(found: dict[str, Any]) -> str:
+def convolutions_note(result: dict[str, Any]) -> str:
     """What was measured on what, and when."""
     return (
-        f"{found['device']}, PyTorch {found['torch']}, {found['date']}; {found['dtype']}, batch {found['batch']}; "
-        f"a product reaches {found['peak_tflops']:.3g} TFLOP/s, a copy {found['copy_gb_s']:.4g} GB/s."
+        f"{result['device']}, PyTorch {result['torch']}, {result['date']}; {result['dtype']}, batch {result['batch']}; "
+        f"a product reaches {result['peak_tflops']:.3g} TFLOP/s, a copy {result['copy_gb_s']:.4g} GB/s."
     )
 
 
@@ -237,35 +235,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--templates", action="store_true", help="also Triton's templates (CUDA), which autotune")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
-    cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if cuda else "cpu"
-    out = given.out or HERE / "results" / f"convolutions-{name}.json"
-    networks = {arch: shapes(arch) for arch in given.arch}
+    out = args.out or result_file("convolutions", device)
+    networks = {arch: shapes(arch) for arch in args.arch}
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    peak, bandwidth = limits(device, dtype, given.rounds)
+    peak, bandwidth = limits(device, dtype, args.rounds)
     of = device_name(device) + ("" if cuda else ", one thread")
     result: dict[str, Any] = {"device": of, "torch": torch.__version__, "date": str(date.today())}
-    result |= {"batch": given.batch, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"batch": args.batch, "dtype": str(dtype).removeprefix("torch.")}
     result |= {"peak_tflops": round(peak / 1e12, 4), "copy_gb_s": round(bandwidth / 1e9, 1), "rows": []}
-    print(about(result), flush=True)
-    for arch, found in networks.items():
-        for shape, count in found.items():
-            sets = [draw(shape, given.batch, device, dtype) for _ in range(16 if cuda else 2)]
-            us, failed = times(forms(shape, cuda, given.templates), sets, given.rounds)
-            flops, moved = shape.flops(given.batch), shape.numbers(given.batch) * dtype.itemsize
+    print(convolutions_note(result), flush=True)
+    for arch, counts in networks.items():
+        for shape, count in counts.items():
+            sets = [draw(shape, args.batch, device, dtype) for _ in range(16 if cuda else 2)]
+            us, failed = times(shape_forms(shape, cuda, args.templates), sets, args.rounds)
+            flops, moved = shape.flops(args.batch), shape.numbers(args.batch) * dtype.itemsize
             row: dict[str, Any] = {"arch": arch} | asdict(shape) | {"count": count}
             row |= {"gflop": flops / 1e9, "mb": moved / 1e6}
             row |= {"roofline_us": round(max(flops / peak, moved / bandwidth) * 1e6, 2)}
             row |= {"tflops": {form: round(flops / us[form] / 1e6, 4) for form in RATES}, "us": us, "failed": failed}
             result["rows"].append(row)
             out.write_text(json.dumps(result, indent=1) + "\n")  # a run cut short keeps what it has
-        print(f"\n{table([row for row in result['rows'] if row['arch'] == arch])}", flush=True)
+        print(f"\n{convolutions_table([row for row in result['rows'] if row['arch'] == arch])}", flush=True)
     print(f"\nall of it in {out}")
     return 0
 

@@ -1,87 +1,94 @@
-"""What benchmarks.epoch_time says of what it measured: Markdown tables, and a text below them."""
+"""The Markdown tables of benchmarks.epoch_time, and the text below them."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from benchmarks.clock import RESULTS
+from fastafd.reporting.markdown import markdown_table
 from fastafd.reporting.paper import TABLE5
 
 IMAGES = 50_000  # of an epoch
 PAPER = {"afd": TABLE5["AFD"][1], "natural": TABLE5["Standard"][1]}  # s an epoch
-# s an epoch of the kernels of a layer-by-layer implementation, by a roofline of the device: a model, not a measurement
-LIMIT = {("H100", "resnet18"): 2.2, ("H100", "wrn34_10"): 21.9, ("H200", "resnet18"): 2.0, ("H200", "wrn34_10"): 21.5}
+ROOFLINES = ("resnet18", "wrn34_10")  # networks with a file of `benchmarks.generated`, which is for an H100
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: every form, the paper and the limit beside them."""
+def roofline_seconds(arch: str) -> float:
+    """Seconds of an AFD epoch by the roofline of the generated code, from results/generated-ARCH.json."""
+    result = json.loads((RESULTS / f"generated-{arch.replace('_', '-')}.json").read_text())
+    (row,) = [row for row in result["rows"] if row["method"] == "released"]
+    model = row["models"][0]  # without a cache, without a floor for launches
+    return model["step_ms"] * model["steps"] / 1e3
+
+
+def epoch_table(result: dict[str, Any]) -> str:
+    """Markdown: every form, then the paper's seconds, then the roofline on the GPU that it is for."""
     head = ["network", "task", "form", "s/epoch", "fastest to slowest", "x paper-style", "images/s", "TFLOP/s"]
     head += ["of a product's", "peak GiB", "first call s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in found["rows"]:
+    lines = []
+    for row in result["rows"]:
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         cells = [row["arch"], row["task"], row["form"], f"{row['epoch_s']:.2f}"]
         cells += [f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['times_paper_style']:.2f}"]
         cells += [f"{row['images_s']:.0f}", f"{row['tflops']:.2f}", f"{row['of_product']:.0%}", peak]
-        lines.append("| " + " | ".join([*cells, f"{row['first_call_s']:.1f}"]) + " |")
-    for row in found["whole"]:
-        form = f"fast, whole epoch, {row['loader']}"
-        cells = [row["arch"], row["task"], form, f"{row['epoch_s']:.2f}"]
+        lines.append([*cells, f"{row['first_call_s']:.1f}"])
+    for row in result["whole"]:
+        cells = [row["arch"], row["task"], f"fast, whole epoch, {row['loader']}", f"{row['epoch_s']:.2f}"]
         cells += [f"{min(row['all_s']):.2f} to {max(row['all_s']):.2f}", "", f"{row['images_s']:.0f}", "", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     for task, seconds in PAPER.items():
-        cells = ["resnet18", task, "the paper's Table 5, on an RTX 4090", f"{seconds:.0f}", *7 * [""]]
-        lines.append("| " + " | ".join(cells) + " |")
-    for (device, arch), seconds in LIMIT.items():
-        if device in found["device"]:
-            cells = [arch, "afd", f"limit: a roofline model of an {device}", f"{seconds:.1f}", *7 * [""]]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(["resnet18", task, "the paper's Table 5, on an RTX 4090", f"{seconds:.0f}", *7 * [""]])
+    if "H100" in result["device"]:
+        for arch in ROOFLINES:
+            form = "roofline of the generated code, benchmarks.generated"
+            lines.append([arch, "afd", form, f"{roofline_seconds(arch):.2f}", *7 * [""]])
+    return markdown_table(head, lines)
 
 
-def methods_table(found: dict[str, Any]) -> str:
-    """Markdown: every method's seconds of an epoch and in all, those of the paper beside a ResNet-18's."""
+def methods_table(result: dict[str, Any]) -> str:
+    """Markdown: the seconds of each method's epoch and of its whole training, beside the paper's for ResNet-18."""
     head = ["network", "method", "engine", "epochs", "s/epoch", "fastest to slowest", "s in all"]
     head += ["the paper's s/epoch", "the paper's s in all"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in found["methods"]:
+    lines = []
+    for row in result["methods"]:
         _, epoch, total = TABLE5[row["method"]]
         paper = [f"{epoch:.0f}", f"{total:.0f}"] if row["arch"] == "resnet18" else ["", ""]
         cells = [row["arch"], row["method"], row["engine"], str(row["epochs"]), f"{row['epoch_s']:.2f}"]
-        cells += [f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['total_s']:.0f}", *paper]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['total_s']:.0f}", *paper])
+    return markdown_table(head, lines)
 
 
-def about(found: dict[str, Any]) -> str:
-    """What was measured on what, when and how."""
-    said = f"{found['device']}, {found['amp']}, batch {found['batch']}, PGD-{found['pgd_steps']}, "
-    said += (
-        f"PyTorch {found['torch']}, {found['threads']} CPU threads, {found['date']}. Rows without a loader: the median "
-    )
-    said += (
-        f"of {found['rounds']} rounds of {found['steps']} steps of random pixels, times {IMAGES // found['batch']}. "
-    )
-    said += f"A matrix product reaches {found['product_tflops']:.3g} TFLOP/s."
-    for row in found["phases"]:
+def epoch_note(result: dict[str, Any]) -> str:
+    """The text below the tables: device, version, date, how rows were measured, parts of a step, loaders, compiling."""
+    paragraphs = [
+        f"{result['device']}, {result['amp']}, batch {result['batch']}, PGD-{result['pgd_steps']}, "
+        f"PyTorch {result['torch']}, {result['threads']} CPU threads, {result['date']}. "
+        f"Rows without a loader: the median of {result['rounds']} rounds of {result['steps']} steps of random pixels, "
+        f"times {IMAGES // result['batch']}. A matrix product reaches {result['product_tflops']:.3g} TFLOP/s."
+    ]
+    for row in result["phases"]:
         parts = ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in row["seconds"].items())
-        said += f"\n\nMilliseconds of the parts of a step of the {row['engine']} engine, each alone, {row['arch']}, "
-        said += f"{row['task']}: {parts}."
-    for row in found["whole"]:
+        paragraphs.append(
+            f"Milliseconds of the parts of a step of the {row['engine']} engine, each alone, {row['arch']}, "
+            f"{row['task']}: {parts}."
+        )
+    for row in result["whole"]:
         alone = row["loader_alone_images_s"]
-        said += f"\n\nThe {row['loader']} loader alone, {row['arch']}, {row['task']}: {alone:.0f} images/s, "
-        said += f"{alone / row['images_s']:.1f} times what the epoch took."
-    for row in found["compile"]:
-        said += f"\n\nUntil the first AFD step of {row['arch']} is done, compiler caches empty: {row['cold']:.0f} s; "
-        said += f"full: {row['warm']:.0f} s."
-    if "methods" in found:
-        said += (
-            "\n\nMethods: an epoch of Free-AT is 8 passes. Seconds in all count epochs alone, without a loader: the "
+        paragraphs.append(
+            f"The {row['loader']} loader alone, {row['arch']}, {row['task']}: {alone:.0f} images/s, "
+            f"{alone / row['images_s']:.1f} times what the epoch took."
         )
-        said += (
+    for row in result["compile"]:
+        paragraphs.append(
+            f"Until the first AFD step of {row['arch']} is done, compiler caches empty: {row['cold']:.0f} s; "
+            f"full: {row['warm']:.0f} s."
+        )
+    if "methods" in result:
+        paragraphs.append(
+            "Methods: an epoch of Free-AT is 8 passes. Seconds in all count epochs alone, without a loader: the "
             "recipe's; before vAFT, AFKD, ARREST and AFD those of Standard; before RiFT those of PGD-AT, but not the "
-        )
-        said += (
             "choice of a module and of a mixture. The paper: Table 5, ResNet-18 on an RTX 4090; it excerpts Free-AT, "
+            "FGSM-GA and ATAS from Huang et al. (2023)."
         )
-        said += "FGSM-GA and ATAS from Huang et al. (2023)."
-    return said
+    return "\n\n".join(paragraphs)

@@ -28,7 +28,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -42,10 +41,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import limits, median_seconds, seconds_of, wait
-from benchmarks.epoch_tables import IMAGES, about, methods_table, table
-from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, forms, method_step, our_step
-from benchmarks.kernels import device_name
+from benchmarks.clock import device_name, limits, median_seconds, result_file, seconds_of, wait
+from benchmarks.epoch_tables import IMAGES, epoch_note, epoch_table, methods_table
+from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, method_step, our_step, random_batches, step_forms
 from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Batch, FreeAT
@@ -64,7 +62,7 @@ def sampled(
 ) -> tuple[dict[str, Step], dict[str, dict[str, Any]]]:
     """The steps, and of each: its first call, its peak memory, and the seconds of a step in every round."""
     steps: dict[str, Step] = {}
-    found: dict[str, dict[str, Any]] = {}
+    samples: dict[str, dict[str, Any]] = {}
     warm = WARM_UPS + 2 if device.type == "cuda" else 1
     for name, build in builders.items():
         gc.collect()
@@ -77,7 +75,7 @@ def sampled(
             step(*batches[index % len(batches)])
         wait(device)
         peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-        found[name] = {"first_call_s": first, "peak_bytes": peak, "step_s": []}
+        samples[name] = {"first_call_s": first, "peak_bytes": peak, "step_s": []}
         print(f"{name}: first call {first:.1f} s", file=sys.stderr, flush=True)
 
     def all_batches(step: Step) -> None:
@@ -87,8 +85,8 @@ def sampled(
     for _ in range(rounds):
         for name, step in steps.items():
             spent = seconds_of(lambda step=step: all_batches(step), device)  # type: ignore[misc]
-            found[name]["step_s"].append(spent / len(batches))
-    return steps, found
+            samples[name]["step_s"].append(spent / len(batches))
+    return steps, samples
 
 
 def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
@@ -102,9 +100,9 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
     if step.attack is not None:
 
         def teach() -> Tensor:
-            found = engine.teacher_features(x)
+            features = engine.teacher_features(x)
             engine.join()
-            return found
+            return features
 
         features, x_adv = teach(), engine.perturb(x, noise, y)
         parts |= {"teacher": teach, "attack": lambda: engine.perturb(x, noise, y)}
@@ -119,21 +117,23 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
         part()
         return statistics.median(seconds_of(part, device) for _ in range(rounds))
 
-    found = {"drawing": by_hand(lambda: step._inputs(*batch))}
+    seconds = {"drawing": by_hand(lambda: step._inputs(*batch))}
     with engine.launching():
         for name, part in parts.items():
-            found[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
-    return found
+            seconds[name] = median_seconds(part, [()], rounds, device) if step.fast else by_hand(part)
+    return seconds
 
 
 # -- what is measured ---------------------------------------------------------------------------------------------
 
 
-def rows_of(arch: str, task: str, found: dict[str, dict[str, Any]], batch: int, product: float) -> list[dict[str, Any]]:
+def rows_of(
+    arch: str, task: str, samples: dict[str, dict[str, Any]], batch: int, product: float
+) -> list[dict[str, Any]]:
     flops, per_epoch = counted_flops(arch, task), IMAGES // batch
     rows = []
-    of_paper = found["paper-style"]["step_s"]
-    for form, measured in found.items():
+    of_paper = samples["paper-style"]["step_s"]
+    for form, measured in samples.items():
         step = statistics.median(measured["step_s"])
         row = {"arch": arch, "task": task, "form": form, "epoch_s": step * per_epoch}
         row |= {"fastest_s": min(measured["step_s"]) * per_epoch, "slowest_s": max(measured["step_s"]) * per_epoch}
@@ -147,12 +147,12 @@ def rows_of(arch: str, task: str, found: dict[str, dict[str, Any]], batch: int, 
 
 
 def method_rows(
-    arch: str, found: dict[str, dict[str, Any]], engines: dict[str, str], batch: int
+    arch: str, samples: dict[str, dict[str, Any]], engines: dict[str, str], batch: int
 ) -> list[dict[str, Any]]:
     """A row of each method, "Standard" first; a pass of Free-AT is a step, its epoch `replays` of them a batch."""
     before = {"scratch": 0.0}  # seconds until there is the model that a method begins with
     rows = []
-    for label, measured in found.items():
+    for label, measured in samples.items():
         config, steps = METHODS[label], IMAGES // batch
         if isinstance(config.method, FreeAT):
             steps *= config.method.replays
@@ -170,7 +170,7 @@ def method_rows(
 
 def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs: int) -> list[dict[str, Any]]:
     """Seconds of whole epochs, data included, and of the loader alone."""
-    found = []
+    rows = []
     for loader in loaders:
 
         def run(epoch: int, loader: Loader = loader) -> None:
@@ -184,14 +184,14 @@ def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs
         alone = seconds_of(lambda: deliver(0), device)
         spent = [seconds_of(lambda epoch=epoch: run(epoch), device) for epoch in range(epochs)]  # type: ignore[misc]
         images = len(loader) * loader.batch_size
-        found.append({"loader": loader.kind, "epoch_s": statistics.median(spent), "all_s": spent, "steps": len(loader)})
-        found[-1] |= {"images_s": images / statistics.median(spent), "loader_alone_images_s": images / alone}
-    return found
+        rows.append({"loader": loader.kind, "epoch_s": statistics.median(spent), "all_s": spent, "steps": len(loader)})
+        rows[-1] |= {"images_s": images / statistics.median(spent), "loader_alone_images_s": images / alone}
+    return rows
 
 
 def compile_seconds(arch: str, device: torch.device, batch: int) -> dict[str, float]:
     """Seconds until the first AFD step is done, in processes with an empty and then a full compiler cache."""
-    found = {}
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder + "/triton"}
         for name in ("cold", "warm"):
@@ -200,88 +200,77 @@ def compile_seconds(arch: str, device: torch.device, batch: int) -> dict[str, fl
             done = subprocess.run(command, env=os.environ | caches, cwd=HERE.parent, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the first step of {arch} failed: {done.stderr[-2000:]}")
-            found[name] = float(done.stdout.splitlines()[-1])
-    return found
+            seconds[name] = float(done.stdout.splitlines()[-1])
+    return seconds
 
 
-def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device),
-            torch.randint(0, 10, (batch,), generator=generator).to(device),
-        )
-        for _ in range(count)
-    ]
-
-
-def measure(given: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
     """Everything, written to `out` piece by piece, so that what was cut short keeps what it has."""
     amp = resolve_amp("auto", device)
     torch.backends.cudnn.benchmark = True  # for every form: cuDNN remembers for a shape whichever came first
     product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
-    result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": given.batch, "product_tflops": product / 1e12}
-    result |= {"rounds": given.rounds, "steps": given.steps, "pgd_steps": AFD_ATTACK.steps}
-    result |= {"rows": [], "phases": [], "whole": [], "compile": []} | ({"methods": []} if given.methods else {})
-    for arch in given.arch:
-        for task in given.tasks:
+    result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": args.batch, "product_tflops": product / 1e12}
+    result |= {"rounds": args.rounds, "steps": args.steps, "pgd_steps": AFD_ATTACK.steps}
+    result |= {"rows": [], "phases": [], "whole": [], "compile": []} | ({"methods": []} if args.methods else {})
+    for arch in args.arch:
+        for task in args.tasks:
             print(f"-- {arch}, {task}", file=sys.stderr, flush=True)
-            measure_task(given, arch, task, device, out, result)
+            measure_task(args, arch, task, device, out, result)
             forget(device)
-        if given.methods:
+        if args.methods:
             print(f"-- {arch}, methods", file=sys.stderr, flush=True)
-            measure_methods(given, arch, device, result)
+            measure_methods(args, arch, device, result)
             save(result, out)
             forget(device)
-        if not given.quick:
-            result["compile"].append({"arch": arch} | compile_seconds(arch, device, given.batch))
+        if not args.quick:
+            result["compile"].append({"arch": arch} | compile_seconds(arch, device, args.batch))
             save(result, out)
     return result
 
 
 def measure_task(
-    given: argparse.Namespace, arch: str, task: str, device: torch.device, out: Path, result: dict[str, Any]
+    args: argparse.Namespace, arch: str, task: str, device: torch.device, out: Path, result: dict[str, Any]
 ) -> None:
     """The rows of one network and task, added to `result`."""
     torch.manual_seed(0)
     net, amp = build_model(arch, 10).to(device), result["amp"]
-    batches = random_batches(given.batch, given.steps, device)
-    steps, found = sampled(forms(net, task, amp, given.without), batches, given.rounds, device)
-    result["rows"] += rows_of(arch, task, found, given.batch, result["product_tflops"] * 1e12)
+    batches = random_batches(args.batch, args.steps, device)
+    steps, samples = sampled(step_forms(net, task, amp, args.without), batches, args.rounds, device)
+    result["rows"] += rows_of(arch, task, samples, args.batch, result["product_tflops"] * 1e12)
     save(result, out)
     fast, reference = steps["fast"], our_step(net, task, amp, "reference")
     assert isinstance(fast, TrainStep)
     about = {"arch": arch, "task": task}
-    if given.data_dir is not None:
-        dataset = load_dataset("cifar10", given.data_dir)
-        shape: dict[str, Any] = {"batch_size": given.batch, "seed": 0, "device": device, "cache": cache_dir()}
+    if args.data_dir is not None:
+        dataset = load_dataset("cifar10", args.data_dir)
+        shape: dict[str, Any] = {"batch_size": args.batch, "seed": 0, "device": device, "cache": cache_dir()}
         loaders = [
             make_loader(kind, dataset.train, name="cifar10", report=print, **shape) for kind in ("ffcv", "resident")
         ]
-        result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, given.epochs)]
+        result["whole"] += [about | row for row in whole_epochs(fast, loaders, device, args.epochs)]
         save(result, out)
     for engine, step in (("reference", reference), ("fast", fast)):
         result["phases"].append(about | {"engine": engine, "seconds": phases(step, batches[0], device)})
         save(result, out)
 
 
-def measure_methods(given: argparse.Namespace, arch: str, device: torch.device, result: dict[str, Any]) -> None:
+def measure_methods(args: argparse.Namespace, arch: str, device: torch.device, result: dict[str, Any]) -> None:
     """The rows of one network and all methods, added to `result`."""
     torch.manual_seed(0)
     net, amp = build_model(arch, 10).to(device), result["amp"]
     # ATAS keeps a perturbation of every image, 1 GB in all: on a CPU of those of the sample alone
-    n = IMAGES if device.type == "cuda" else given.steps * given.batch
-    loader = Loader(n, given.batch, seed=0, drop_last=True, device=device)
+    n = IMAGES if device.type == "cuda" else args.steps * args.batch
+    loader = Loader(n, args.batch, seed=0, drop_last=True, device=device)
     builders: dict[str, Callable[[], Step]] = {
         label: lambda config=config: method_step(net, config, loader, amp)  # type: ignore[misc]
         for label, config in METHODS.items()
     }
-    steps, found = sampled(builders, random_batches(given.batch, given.steps, device), given.rounds, device)
+    steps, samples = sampled(builders, random_batches(args.batch, args.steps, device), args.rounds, device)
     engines = {
         label: "fast" if isinstance(step, TrainStep) and step.fast else "reference" for label, step in steps.items()
     }
-    result["methods"] += method_rows(arch, found, engines, given.batch)
+    result["methods"] += method_rows(arch, samples, engines, args.batch)
 
 
 def forget(device: torch.device) -> None:
@@ -316,22 +305,21 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that mean nothing")
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, metavar="FILE")
-    given = parser.parse_args()
-    device = resolve_device(given.device)
-    if given.tiny:
-        given.arch, given.batch, given.steps, given.rounds, given.quick = ["resnet8_half"], 8, 1, 2, True
-    if given.first_step:
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    if args.tiny:
+        args.arch, args.batch, args.steps, args.rounds, args.quick = ["resnet8_half"], 8, 1, 2, True
+    if args.first_step:
         began = time.perf_counter()
-        net = build_model(given.arch[0], 10).to(device)
-        our_step(net, "afd", resolve_amp("auto", device), "fast")(*random_batches(given.batch, 1, device)[0])
+        net = build_model(args.arch[0], 10).to(device)
+        our_step(net, "afd", resolve_amp("auto", device), "fast")(*random_batches(args.batch, 1, device)[0])
         wait(device)
         print(time.perf_counter() - began)
         return 0
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
-    out = given.out or HERE / "results" / f"epoch-time-{name}.json"
-    result = measure(given, device, out)
-    tables = ([table(result)] if given.tasks else []) + ([methods_table(result)] if given.methods else [])
-    print("\n\n".join([*tables, about(result), f"all of it in {out}"]))
+    out = args.out or result_file("epoch-time", device)
+    result = measure(args, device, out)
+    tables = ([epoch_table(result)] if args.tasks else []) + ([methods_table(result)] if args.methods else [])
+    print("\n\n".join([*tables, epoch_note(result), f"all of it in {out}"]))
     return 0
 
 

@@ -25,7 +25,7 @@ from fastafd.training.engine import Fast
 class Fault:
     """Where it stands in the certificate (the beginning of a group), how it is planted, the recipe that meets it.
 
-    `hides_in`: types of arithmetic whose own roundings are larger than the fault, so that it is not found there.
+    `hides_in`: types of arithmetic whose own roundings are larger than the fault, which hide it.
     """
 
     group: str

@@ -23,7 +23,7 @@ from fastafd.console import Console
 from fastafd.data import Augment, Loader
 from fastafd.kernels.afd_loss import AFDLoss
 from fastafd.kernels.attack_head import attack_head_reference
-from fastafd.methods import ATAS, Natural
+from fastafd.methods import ATAS, Natural, RiFT
 from fastafd.models import build_model, disentangle
 from fastafd.recipes import AFD_ATTACK, afkd, arrest, atas, fgsm_ga, free_at, pgd_at, released, rift, trades, vaft
 from fastafd.training.afd_step import AFDStep
@@ -52,14 +52,16 @@ def our_step(net: nn.Module, task: str, amp: str, engine: str) -> TrainStep:
 def method_step(net: nn.Module, config: TrainConfig, loader: Loader, amp: str) -> TrainStep:
     """The step of a recipe as fastafd.train builds it, on the fast engine if the method has it.
 
-    RiFT's fine-tunes the middle convolution. ATAS's begins in the first epoch of adaptive step sizes.
+    RiFT's step trains the middle convolution. ATAS's step starts in the first epoch of adaptive step sizes.
     """
     if isinstance(config.method, Natural):
         return our_step(net, "natural", amp, "fast")
     task, sgd = replace(config.task, amp=amp, engine="fast"), replace(config.sgd, lr=1e-3)
-    convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
-    middle = convolutions[(len(convolutions) - 1) // 2]  # of a ResNet-18 layer2.1.conv2
-    step = build_step(replace(config, task=task, sgd=sgd), net, loader, Augment(4, True, 0), Console(), middle)
+    module = ""
+    if isinstance(config.method, RiFT):
+        convolutions = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+        module = convolutions[(len(convolutions) - 1) // 2]  # layer2.1.conv2 of a ResNet-18
+    step = build_step(replace(config, task=task, sgd=sgd), net, loader, Augment(4, True, 0), Console(), module)
     if isinstance(config.method, ATAS):
         step.steps = config.method.warm_up * len(loader)
     return step
@@ -70,20 +72,20 @@ def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
     return plain.PlainStep(disentangle(net), disentangle(net).backbone, steps, **form)
 
 
-def forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
+def step_forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
     """How to make every form of a step of the task ("afd" or "natural"), by name; `kernels`: those to do without."""
     low = torch.bfloat16 if amp == "bf16" else None
     last: dict[str, Any] = {"layout": torch.channels_last, "amp": low}
-    found: dict[str, Callable[[], Step]] = {}
+    builders: dict[str, Callable[[], Step]] = {}
     if task == "afd":
-        found["naive"] = lambda: plain_step(net, task, naive=True)
-    found["paper-style"] = lambda: plain_step(net, task)
-    found["strong"] = lambda: plain_step(net, task, **last)
-    found["compiled"] = lambda: plain_step(net, task, **last, compiled=True)
-    found["fast"] = lambda: our_step(net, task, amp, "fast")
+        builders["naive"] = lambda: plain_step(net, task, naive=True)
+    builders["paper-style"] = lambda: plain_step(net, task)
+    builders["strong"] = lambda: plain_step(net, task, **last)
+    builders["compiled"] = lambda: plain_step(net, task, **last, compiled=True)
+    builders["fast"] = lambda: our_step(net, task, amp, "fast")
     for kernel in kernels if task == "afd" else []:
-        found[f"fast, without {kernel}"] = lambda kernel=kernel: without(kernel, our_step(net, task, amp, "fast"))  # type: ignore[misc]
-    return found
+        builders[f"fast, without {kernel}"] = lambda kernel=kernel: without(kernel, our_step(net, task, amp, "fast"))  # type: ignore[misc]
+    return builders
 
 
 def plain_afd_loss(g: Tensor, t: Tensor, y: Tensor, *weights: Tensor, classifier_alpha: float, **of: float) -> AFDLoss:
@@ -116,6 +118,17 @@ def without(kernel: str, step: Step) -> Step:
             return step(x, y)
 
     return run
+
+
+def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device),
+            torch.randint(0, 10, (batch,), generator=generator).to(device),
+        )
+        for _ in range(count)
+    ]
 
 
 def counted_flops(arch: str, task: str) -> int:

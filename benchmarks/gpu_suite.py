@@ -56,10 +56,10 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> l
 def main(argv: list[str]) -> int:
     parser = arguments("benchmarks.gpu_suite", str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10: whole epochs of it as well")
-    given = parser.parse_args(argv)
-    out = given.out.resolve()
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    return run(parts(out, given.device, given.tiny, given.data_dir), given.budget, out)
+    return run(parts(out, args.device, args.tiny, args.data_dir), args.budget, out)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def build(launch: Launch, chip: int) -> Build:
     return Build(str(launch), launch.name, chip, int(registers), spills, compiled.metadata.shared, tf32)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def builds_table(rows: list[dict[str, Any]]) -> str:
     """The most registers and shared memory of any variant, and all spills, by kernel and chip, as Markdown."""
     builds = [Build(**row) for row in rows]
     kernels = sorted({variant.kernel for variant in builds})
@@ -203,7 +203,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def about(result: dict[str, Any]) -> str:
+def builds_note(result: dict[str, Any]) -> str:
     """The line below the table: the number of builds, the version of Triton and the date."""
     return f"{len(result['rows'])} builds by Triton {result['triton']}, {result['date']}."
 
@@ -234,7 +234,7 @@ def main() -> int:
     head = json.dumps({name: value for name, value in result.items() if name != "rows"})
     out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     problems = complaints(builds)
-    print("\n".join([table(result["rows"]), "", about(result), *problems]))
+    print("\n".join([builds_table(result["rows"]), "", builds_note(result), *problems]))
     print(f"{len(problems)} complaints; every build is in {out}")
     return bool(problems)
 

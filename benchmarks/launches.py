@@ -83,9 +83,9 @@ class Launch:
         return " and ".join(["cast"] * cast + ["permuted"] * permuted) or "copied"
 
 
-def check(found: Sequence[Launch], amp: torch.dtype | None) -> None:
+def check(launches: Sequence[Launch], amp: torch.dtype | None) -> None:
     """RuntimeError where what the stand-in assumes silently does not hold: convolutions in `amp`, channels_last."""
-    of = [launch for launch in found if launch.kind in CONVOLUTIONS]
+    of = [launch for launch in launches if launch.kind in CONVOLUTIONS]
     if not of:
         raise RuntimeError("no convolution was recorded: nothing is to be said of this step")
     for launch in of:
@@ -102,14 +102,16 @@ def check(found: Sequence[Launch], amp: torch.dtype | None) -> None:
             )
 
 
-def with_cache(found: Sequence[Launch], capacity: float, floor: float = 0.0, gap: float = 0.0) -> tuple[float, float]:
+def with_cache(
+    launches: Sequence[Launch], capacity: float, floor: float = 0.0, gap: float = 0.0
+) -> tuple[float, float]:
     """Seconds, and bytes to and from memory, with a cache of whole tensors: least recently used, written back.
 
     capacity: bytes; 0 is none. floor: seconds that a launch takes at the least; gap: seconds between two.
     """
     held: OrderedDict[int, tuple[int, bool]] = OrderedDict()  # memory: bytes, whether memory has yet to get them
     seconds = total = 0.0
-    for launch in found:
+    for launch in launches:
         moved = launch.bytes
         if capacity:
             moved = sum(map(partial(touch, held, capacity, False), launch.reads))
@@ -133,9 +135,9 @@ def touch(held: OrderedDict[int, tuple[int, bool]], capacity: float, writes: boo
     return moved
 
 
-def by_kind(found: Sequence[Launch]) -> Counter[str]:
+def by_kind(launches: Sequence[Launch]) -> Counter[str]:
     """Launches of each kind."""
     counts: Counter[str] = Counter()
-    for launch in found:
+    for launch in launches:
         counts[launch.kind] += launch.count
     return counts

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import device_name
+from benchmarks.clock import device_name
 from fastafd.device import resolve_device
 from fastafd.files import save_text
 
@@ -62,7 +62,7 @@ def python(module: str, *arguments: object) -> list[str]:
 
 
 def run(chosen: list[Part], budget: float, out: Path, after: Callable[[], None] = lambda: None) -> int:
-    """Run the parts within `budget` seconds, leave what they found in `out`, print a table of them; the exit code.
+    """Run the parts within `budget` seconds, leave their results in `out`, print a table; returns the exit code.
 
     `after` is called when a part has ended, whatever came of it. 1 where a part that ran is not ok.
     """
@@ -73,9 +73,9 @@ def run(chosen: list[Part], budget: float, out: Path, after: Callable[[], None] 
         "date": str(date.today()),
         "budget_s": budget,
     }
-    found = earlier(out)
+    done = earlier(out)
     for part in chosen:
-        before = found.get(part.name)
+        before = done.get(part.name)
         if before is not None and before["result"] == "ok":
             continue
         left = ends - time.monotonic()
@@ -86,17 +86,17 @@ def run(chosen: list[Part], budget: float, out: Path, after: Callable[[], None] 
             except NotNow as reason:
                 why = str(reason)
         if why:
-            found[part.name] = before or {"part": part.name, "seconds": 0.0, "result": "left out", "line": why}
+            done[part.name] = before or {"part": part.name, "seconds": 0.0, "result": "left out", "line": why}
         else:
             print(f"{part.name}: {left:.0f} s left", flush=True)
             row = run_part(part.name, command, part.env, min(part.cap, left), out)
             row["seconds"] += before["seconds"] if before is not None else 0.0
-            found[part.name] = row
+            done[part.name] = row
             after()
-        rows = [found[name] for name in (part.name for part in chosen) if name in found]
+        rows = [done[name] for name in (part.name for part in chosen) if name in done]
         save_text(out / "summary.json", json.dumps(summary | {"rows": rows}, indent=1) + "\n")
-    rows = [found[part.name] for part in chosen]
-    print(f"\n{about(summary)}\n\n{table(rows)}")
+    rows = [done[part.name] for part in chosen]
+    print(f"\n{parts_note(summary)}\n\n{parts_table(rows)}")
     return int(any(row["result"] not in ("ok", "left out") for row in rows))
 
 
@@ -153,13 +153,13 @@ def last_line(said: str) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, PyTorch with what it was built for, and Triton where it is."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    installed = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     with suppress(metadata.PackageNotFoundError):
-        found["triton"] = metadata.version("triton")
-    return found | {"cudnn": str(torch.backends.cudnn.version())}
+        installed["triton"] = metadata.version("triton")
+    return installed | {"cudnn": str(torch.backends.cudnn.version())}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def parts_table(rows: list[dict[str, Any]]) -> str:
     """In columns: part, seconds, result, the last line that it said."""
     width = max(len(row["part"]) for row in rows)
     lines = [f"{'part':{width}}  seconds  {'result':11}  last line"]
@@ -167,17 +167,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def about(found: dict[str, Any]) -> str:
+def parts_note(summary: dict[str, Any]) -> str:
     """What ran on what, and when."""
-    return f"{found['device']}; {', '.join(' '.join(item) for item in found['versions'].items())}; {found['date']}."
+    return (
+        f"{summary['device']}; {', '.join(' '.join(item) for item in summary['versions'].items())}; {summary['date']}."
+    )
 
 
 def seconds(text: str) -> float:
     """Of a budget such as 9 or 9m (minutes), 540s."""
-    given = re.fullmatch(r"(\d+(?:\.\d+)?)([ms]?)", text)
-    if not given or not float(given[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([ms]?)", text)
+    if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"got {text!r}, takes minutes or seconds above 0, such as 9, 9m or 540s")
-    return float(given[1]) * (1 if given[2] == "s" else 60)
+    return float(match[1]) * (1 if match[2] == "s" else 60)
 
 
 def arguments(prog: str, about: str) -> argparse.ArgumentParser:

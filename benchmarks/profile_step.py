@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.clock import wait
-from benchmarks.epoch_time import random_batches
-from benchmarks.forms import our_step
-from benchmarks.kernels import device_name
+from benchmarks.clock import device_name, result_file, wait
+from benchmarks.forms import our_step, random_batches
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.models import build_model
 from fastafd.training.graphs import WARM_UPS
@@ -40,12 +37,12 @@ def rows_of(engine: str, arch: str, batch: int, device: torch.device) -> list[di
         step(*batch_of)
     wait(device)
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
             step(*batch_of)
         wait(device)
     events = [
-        (e.key, e.count, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in found.key_averages()
+        (e.key, e.count, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in profiler.key_averages()
     ]
     total = sum(us for *_, us in events) or 1.0
     rows = [
@@ -56,7 +53,7 @@ def rows_of(engine: str, arch: str, batch: int, device: torch.device) -> list[di
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def profile_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the largest of each engine."""
     lines = ["| engine | kernel | calls a step | ms a step | share |", "|---" * 5 + "|"]
     for engine in dict.fromkeys(row["engine"] for row in rows):
@@ -69,9 +66,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def about(found: dict[str, Any]) -> str:
+def profile_note(result: dict[str, Any]) -> str:
     """What was measured on what, and when."""
-    return f"{found['arch']}, batch {found['batch']}, {found['device']}, PyTorch {found['torch']}, {found['date']}."
+    return (
+        f"{result['arch']}, batch {result['batch']}, {result['device']}, PyTorch {result['torch']}, {result['date']}."
+    )
 
 
 def main() -> int:
@@ -80,16 +79,15 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    given = parser.parse_args()
-    device = resolve_device(given.device)
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
-    out = given.out or HERE / "results" / f"profile-{name}.json"
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    out = args.out or result_file("profile", device)
     torch.backends.cudnn.benchmark = True  # for both: cuDNN remembers for a shape whichever came first
-    rows = [row for engine in ("reference", "fast") for row in rows_of(engine, given.arch, given.batch, device)]
-    found: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
-    found |= {"arch": given.arch, "batch": given.batch, "rows": rows}
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{table(rows)}\n\n{about(found)}\nall of it in {out}")
+    rows = [row for engine in ("reference", "fast") for row in rows_of(engine, args.arch, args.batch, device)]
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
+    result |= {"arch": args.arch, "batch": args.batch, "rows": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{profile_table(rows)}\n\n{profile_note(result)}\nall of it in {out}")
     return 0
 
 

@@ -171,13 +171,13 @@ def convolutions(part: str, name: str, args: Any, out: Any) -> list[Launch]:
         return [Launch(part, "convolution", name, operands((*args[:3], residual)), operands(out), flops)]
     grad, x, weight = args[:3]
     flops = 2 * grad.shape[0] * grad[0, 0].numel() * weight.numel()
-    found = []
+    launches = []
     for kind, reads, written in (("dgrad", (grad, weight), out[0]), ("wgrad", (grad, x), out[1])):
         if written is not None:
-            found.append(Launch(part, kind, name, operands(reads), operands(written), flops))
+            launches.append(Launch(part, kind, name, operands(reads), operands(written), flops))
     if out[2] is not None:
-        found.append(Launch(part, "other", name, operands(grad), operands(out[2])))
-    return found
+        launches.append(Launch(part, "other", name, operands(grad), operands(out[2])))
+    return launches
 
 
 def own_flops(name: str, args: Any) -> int:

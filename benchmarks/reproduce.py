@@ -121,17 +121,17 @@ def collect(out: Path) -> None:
         natural = folder / "evaluation-pgd20.json"
         if (folder / "result.json").exists():
             trained = run_in(folder)
-            found = trained.result
-            found["models"][found["label"]] = trained.trained  # with AutoAttack
+            result = trained.result
+            result["models"][result["label"]] = trained.trained  # with AutoAttack
         elif natural.exists():
-            found = json.loads(natural.read_text())
+            result = json.loads(natural.read_text())
             _, about = load_model_about(folder)
-            found |= {"seconds": {"wall": about["pretraining_seconds"]}, "config": json.loads(about["shape"])}
+            result |= {"seconds": {"wall": about["pretraining_seconds"]}, "config": json.loads(about["shape"])}
         else:
             continue
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         log = "[\n" + ",\n".join(lines) + "\n]"
-        text = as_json({"run": folder.name, **found, "log": "LINES"}).replace('"LINES"', log)
+        text = as_json({"run": folder.name, **result, "log": "LINES"}).replace('"LINES"', log)
         for path, word in ((out, "DIR"), (ROOT, "."), (Path.home(), "~")):  # the file may be committed
             text = text.replace(str(path), word)
         save_text(out / f"{folder.name}.json", text + "\n")
@@ -140,11 +140,11 @@ def collect(out: Path) -> None:
 def main(argv: list[str]) -> int:
     parser = arguments("benchmarks.reproduce", str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, as fastafd.train takes it")
-    given = parser.parse_args(argv)
-    out = given.out.resolve()
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = parts(out, given.device, given.tiny, given.data_dir.expanduser().resolve())
-    code = run(chosen, given.budget, out, after=lambda: collect(out))
+    chosen = parts(out, args.device, args.tiny, args.data_dir.expanduser().resolve())
+    code = run(chosen, args.budget, out, after=lambda: collect(out))
     print(f"\n{table.reproduced([out])}")
     return code
 

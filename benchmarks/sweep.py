@@ -101,7 +101,7 @@ def flags_of(recipe: str, scale: Scale) -> list[str]:
 
 def runs_of(what: str, scale: Scale, seeds: int, out: Path) -> dict[str, list[str]]:
     """Folder name -> flags of fastafd.train."""
-    found: dict[str, list[str]] = {}
+    runs: dict[str, list[str]] = {}
     for seed in range(seeds):
         if what != "methods":
             for value in WEIGHTS[what]:
@@ -111,14 +111,14 @@ def runs_of(what: str, scale: Scale, seeds: int, out: Path) -> dict[str, list[st
                 elif what == "beta":
                     own = [2 * value]
                 words = ["--recipe", "released", *flags_of("released", scale), f"--{what}", *map(str, own)]
-                found[f"{what}-{value:g}-seed{seed}"] = [*words, "--seed", str(seed)]
+                runs[f"{what}-{value:g}-seed{seed}"] = [*words, "--seed", str(seed)]
             continue
         for recipe, matched in [*((recipe, False) for recipe in METHODS), *((recipe, True) for recipe in MATCHED)]:
             words = ["--recipe", recipe, *flags_of(recipe, scale), "--seed", str(seed)]
             if recipe == "rift":
                 words += ["--pretrained", str(out / f"pgd_at-seed{seed}")]
-            found[f"{recipe}{'-matched' * matched}-seed{seed}"] = words + ["--matched"] * matched
-    return found
+            runs[f"{recipe}{'-matched' * matched}-seed{seed}"] = words + ["--matched"] * matched
+    return runs
 
 
 def main(argv: list[str]) -> int:
@@ -132,17 +132,17 @@ def main(argv: list[str]) -> int:
         argv, more = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     else:
         more = []
-    given = parser.parse_args(argv)
-    out, scale = given.out.expanduser().resolve(), SCALES[given.scale]
-    chosen = runs_of(given.what, scale, given.seeds, out)
-    chosen = {name: flags for name, flags in chosen.items() if not given.only or name in given.only}
+    args = parser.parse_args(argv)
+    out, scale = args.out.expanduser().resolve(), SCALES[args.scale]
+    chosen = runs_of(args.what, scale, args.seeds, out)
+    chosen = {name: flags for name, flags in chosen.items() if not args.only or name in args.only}
     codes = []
     for name, flags in chosen.items():
         folder = out / name
         if not (folder / "result.json").exists():
             begun = ["--resume", folder] if (folder / "config.yaml").exists() else [*flags, *more, "--out", folder]
             codes.append(run("fastafd.train", begun, name))
-    for name in chosen if given.what == "methods" else []:
+    for name in chosen if args.what == "methods" else []:
         folder = out / name
         if (folder / "result.json").exists() and not (folder / "evaluation-autoattack.json").exists():
             attack = [folder, "--attack", "autoattack", "--n", scale.autoattack]

@@ -56,14 +56,14 @@ REPRODUCED = [  # file, model in it, what the row says it is
 ]
 
 
-def cell(found: dict[str, Any] | None) -> str:
-    if found is None:
+def cell(measured: dict[str, Any] | None) -> str:
+    if measured is None:
         return "not run"
-    low, high = (100 * bound for bound in found["interval"])
-    return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}] n={found['n']}"
+    low, high = (100 * bound for bound in measured["interval"])
+    return f"{100 * measured['accuracy']:.1f} [{low:.1f}, {high:.1f}] n={measured['n']}"
 
 
-def table() -> str:
+def results() -> str:
     lines = ["| model | clean | PGD-20 | AutoAttack | measured |", "|---|---|---|---|---|"]
     for file, model, label in ROWS:
         result = json.loads((RESULTS / f"{file}.json").read_text())
@@ -101,39 +101,39 @@ def reproduced(folders: Sequence[Path] = ()) -> str:
 
 
 def measured_row(label: str, model: str, file: Path) -> str:
-    found = json.loads(file.read_text())
-    figures = found["models"][model] if "models" in found else found
+    result = json.loads(file.read_text())
+    figures = result["models"][model] if "models" in result else result
     cells = [beside(figures.get(attack), OF_PAPER[model].get(attack)) for attack in ATTACKS]
     seconds = (
-        found["seconds"] if "models" not in found else found["seconds"]["finetuning"] if model != "natural" else {}
+        result["seconds"] if "models" not in result else result["seconds"]["finetuning"] if model != "natural" else {}
     )
     spent = ["" if seconds.get(part) is None else f"{seconds[part]:.0f}" for part in ("wall", "compile")]
-    link = f"[{file.stem}](benchmarks/results/{file.parent.name}/{file.name}), {found['date'][:10]}"
-    return "| " + " | ".join([label, found["device"], *cells, *spent, link]) + " |"
+    link = f"[{file.stem}](benchmarks/results/{file.parent.name}/{file.name}), {result['date'][:10]}"
+    return "| " + " | ".join([label, result["device"], *cells, *spent, link]) + " |"
 
 
-def beside(found: dict[str, Any] | None, of_paper: float | None) -> str:
+def beside(measured: dict[str, Any] | None, of_paper: float | None) -> str:
     """A figure with its interval, the paper's, and whether the one holds the other."""
-    said = cell(found)
+    text = cell(measured)
     if of_paper is None:
-        return "" if found is None else said
-    said += f"; paper {of_paper:.2f}"
-    if found is None:
-        return said
-    low, high = (100 * bound for bound in found["interval"])
-    missed = f"missed by {100 * found['accuracy'] - of_paper:+.2f}"
-    return f"{said}, {'within' if low <= of_paper <= high else missed}"
+        return "" if measured is None else text
+    text += f"; paper {of_paper:.2f}"
+    if measured is None:
+        return text
+    low, high = (100 * bound for bound in measured["interval"])
+    missed = f"missed by {100 * measured['accuracy'] - of_paper:+.2f}"
+    return f"{text}, {'within' if low <= of_paper <= high else missed}"
 
 
 def natural(runs: Path) -> str:
     """Clean and PGD-20 accuracy of the natural models in folders natural-ENGINE-SEED, as JSON."""
     rows = []
     for folder in sorted(runs.glob("natural-*-*")):
-        found = json.loads((folder / "evaluation-pgd20.json").read_text())
+        result = json.loads((folder / "evaluation-pgd20.json").read_text())
         _, engine, seed = folder.name.split("-")
-        figures = {attack: found[attack]["accuracy"] for attack in ("clean", "pgd20")}
-        rows.append({"engine": engine, "seed": int(seed), "n": found["clean"]["n"], **figures})
-    return json.dumps({"device": found["device"], "date": found["date"], "rows": rows}, indent=1)
+        figures = {attack: result[attack]["accuracy"] for attack in ("clean", "pgd20")}
+        rows.append({"engine": engine, "seed": int(seed), "n": result["clean"]["n"], **figures})
+    return json.dumps({"device": result["device"], "date": result["date"], "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":
@@ -141,4 +141,4 @@ if __name__ == "__main__":
     if which == "natural":
         print(natural(Path(sys.argv[2])))
     else:
-        print({"": table, "engines": engines, "reproduced": reproduced}[which]())
+        print({"": results, "engines": engines, "reproduced": reproduced}[which]())

@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks.clock import device_name
 from benchmarks.faults import FAULTS
-from benchmarks.kernels import device_name
 from fastafd import verify
 from fastafd.files import as_json, save_text
 from fastafd.settings import RunError
@@ -53,15 +53,15 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def far(found: dict[str, Any]) -> list[str]:
+def far(certificate: dict[str, Any]) -> list[str]:
     """The groups of a certificate in which a quantity is too far."""
-    return list(dict.fromkeys(row["group"] for row in found["rows"] if not row["ok"]))
+    return list(dict.fromkeys(row["group"] for row in certificate["rows"] if not row["ok"]))
 
 
-def nearest(found: dict[str, Any]) -> dict[str, Any]:
+def nearest(certificate: dict[str, Any]) -> dict[str, Any]:
     """The largest share of its limit that a quantity takes: in float64, and in the run's arithmetic with its group."""
     shares: dict[bool, tuple[float, str]] = {True: (0.0, ""), False: (0.0, "")}
-    for row in found["rows"]:
+    for row in certificate["rows"]:
         float64 = row["group"].startswith("float64")
         if row["limit"]:
             shares[float64] = max(shares[float64], (round(row["fast"] / row["limit"], 6), row["group"]))
@@ -74,9 +74,9 @@ def false_alarms(
     kinds = [(arch, amp) for arch in arches for amp in amps]
     for index in range(runs):
         (arch, amp), turn = kinds[index % len(kinds)], seed + index // len(kinds)
-        found = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn, *size)
-        kind = {"arch": arch, "amp": amp, "seed": turn, "seconds": found["seconds"]}
-        yield kind | {"false_alarm": not found["verified"], "far": far(found)} | nearest(found)
+        result = certificate("--arch", arch, "--amp", amp, "--device", device, "--seed", turn, *size)
+        kind = {"arch": arch, "amp": amp, "seed": turn, "seconds": result["seconds"]}
+        yield kind | {"false_alarm": not result["verified"], "far": far(result)} | nearest(result)
 
 
 def planted(arches: list[str], amps: list[str], device: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -85,19 +85,19 @@ def planted(arches: list[str], amps: list[str], device: str, seed: int) -> Itera
             for name, fault in FAULTS.items():
                 with uncompiled(), fault.plant():
                     size = ("--batch-size", 8, "--comparisons", 5, "--seed", seed, "--device", device)
-                    found = certificate("--arch", arch, "--amp", amp, "--recipe", fault.recipe, *size)
-                groups = far(found)
+                    result = certificate("--arch", arch, "--amp", amp, "--recipe", fault.recipe, *size)
+                groups = far(result)
                 seen = any(group.startswith(fault.group) for group in groups)
                 yield {"fault": name, "arch": arch, "amp": amp, "found": seen, "far": groups}
 
 
 def expected(row: dict[str, Any]) -> bool:
-    """Whether the fault of the row is one to be found in its arithmetic."""
+    """True if the certificate should detect the row's fault in the row's arithmetic."""
     fault = FAULTS[row["fault"]]
     return bool(fault.group) and row["amp"] not in fault.hides_in
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def rates_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: by network and arithmetic the false alarms and how near to a limit; or by fault where it is found."""
     if "fault" in rows[0]:
         amps = list(dict.fromkeys(row["amp"] for row in rows))
@@ -121,9 +121,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def about(found: dict[str, Any]) -> str:
+def rates_note(machine: dict[str, Any]) -> str:
     """On what, and when."""
-    return f"{found['device']}, one thread, PyTorch {found['torch']}, {found['date']}."
+    return f"{machine['device']}, one thread, PyTorch {machine['torch']}, {machine['date']}."
 
 
 def main(argv: list[str]) -> int:
@@ -138,23 +138,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--comparisons", help="comparisons of a run, where not verify's own")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     began, rows = time.monotonic(), []
-    out = given.out or HERE / "results" / f"verify-rates{'-faults' if given.faults else ''}-cpu.json"
-    device = verify.resolve_device(given.device)
+    out = args.out or HERE / "results" / f"verify-rates{'-faults' if args.faults else ''}-cpu.json"
+    device = verify.resolve_device(args.device)
     torch.set_num_threads(1)
-    size = ["--batch-size", given.batch_size] if given.batch_size else []
-    size += ["--comparisons", given.comparisons] if given.comparisons else []
+    size = ["--batch-size", args.batch_size] if args.batch_size else []
+    size += ["--comparisons", args.comparisons] if args.comparisons else []
     machine = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     made = (
-        planted(given.arch, given.amp, str(device), given.seed)
-        if given.faults
-        else false_alarms(given.runs, given.arch, given.amp, str(device), given.seed, size)
+        planted(args.arch, args.amp, str(device), args.seed)
+        if args.faults
+        else false_alarms(args.runs, args.arch, args.amp, str(device), args.seed, size)
     )
     for row in made:
         rows.append(row)
         save_text(out, as_json({**machine, "seconds": round(time.monotonic() - began), "rows": rows}) + "\n")
-    if given.faults:
+    if args.faults:
         wrong = [row for row in rows if row["found"] != expected(row)]
         hidden = [row for row in rows if FAULTS[row["fault"]].group and not row["found"]]
         faults = sum(bool(FAULTS[row["fault"]].group) for row in rows)
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(wrong)} false alarms in {len(rows)} runs")
     for row in wrong:
         print(row)
-    print(f"\n{table(rows)}\n\n{about(machine)}\n\nall of it in {out}")
+    print(f"\n{rates_table(rows)}\n\n{rates_note(machine)}\n\nall of it in {out}")
     return int(bool(wrong))
 
 

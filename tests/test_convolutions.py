@@ -37,7 +37,7 @@ def test_shapes_of_resnet18(convolutions):
 def test_input_gradient_as_a_forward_convolution(convolutions, kernel):
     shape = convolutions.Shape(5, 8, 7, kernel, 1)
     drawn = convolutions.draw(shape, 2, torch.device("cpu"), torch.float64)
-    function, names = convolutions.forms(shape, cuda=False, templates=False)["dgrad as forward"]
+    function, names = convolutions.shape_forms(shape, cuda=False, templates=False)["dgrad as forward"]
     x = drawn["x"].requires_grad_()
     (expected,) = torch.autograd.grad(F.conv2d(x, drawn["w"], padding=kernel // 2), x, drawn["g"])
     torch.testing.assert_close(function(*(drawn[name] for name in names.split())), expected, rtol=1e-12, atol=1e-12)
@@ -55,7 +55,7 @@ def test_every_form_is_the_operation_it_stands_for(convolutions):
         out = F.conv2d(x, w, None, shape.stride, shape.kernel // 2)
         dx, dw = torch.autograd.grad(out, (x, w), drawn["g"])
         expected = {"forward": out, "dgrad": dx, "wgrad": dw, "bias, ReLU": (out + drawn["b"][:, None, None]).relu()}
-        found = convolutions.forms(shape, cuda=False, templates=False)
+        found = convolutions.shape_forms(shape, cuda=False, templates=False)
         assert ("forward of 8" in found) == (shape.c_in == 3) and "dgrad as forward" in found
         for form, (function, names) in found.items():
             if form == "compiled":
@@ -75,14 +75,17 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
         found["Triton template"] = lambda x, w, b: found["bias, ReLU"][0](x, 1.1 * w, b), "x w b"
         return found
 
-    monkeypatch.setattr(convolutions, "forms", some)
+    monkeypatch.setattr(convolutions, "shape_forms", some)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back: main sets it
     monkeypatch.setattr(convolutions, "limits", lambda device, dtype, rounds: (1e12, 1e10))
     out = tmp_path / "found.json"
     small = ["--arch", "resnet8_half", "--device", "cpu", "--batch", "2", "--rounds", "1", "--out", str(out)]
     assert convolutions.main(small) == 0
     found = json.loads(out.read_text())
-    assert f"{convolutions.about(found)}\n\n{convolutions.table(found['rows'])}\n" in capsys.readouterr().out
+    assert (
+        f"{convolutions.convolutions_note(found)}\n\n{convolutions.convolutions_table(found['rows'])}\n"
+        in capsys.readouterr().out
+    )
     assert sum(row["count"] for row in found["rows"]) == 9
     for row in found["rows"]:
         assert set(row["failed"]) == {"cuDNN fused", "Triton template"}
@@ -92,7 +95,7 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
         limit = max(shape.flops(2) / 1e12, 4 * shape.numbers(2) / 1e10)
         assert row["roofline_us"] == pytest.approx(1e6 * limit, abs=0.01)
         assert row["tflops"]["forward"] == pytest.approx(row["gflop"] / row["us"]["forward"] / 1e-3, abs=1e-4)
-    lines = convolutions.table(found["rows"]).splitlines()
+    lines = convolutions.convolutions_table(found["rows"]).splitlines()
     assert len({line.count("|") for line in lines[:10]}) == 1 and all(line.count(" no ") == 2 for line in lines[2:10])
     limit = sum(row["count"] * row["roofline_us"] for row in found["rows"])
     spent = sum(row["count"] * row["us"]["dgrad"] for row in found["rows"])

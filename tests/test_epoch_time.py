@@ -49,8 +49,7 @@ def test_plain_operations_are_those_of_the_kernels():
 @pytest.mark.parametrize("form", [{}, {"naive": True}, {"layout": torch.channels_last, "amp": torch.bfloat16}])
 @pytest.mark.parametrize("task", ["afd", "natural"])
 def test_plain_steps_train(task, form):
-    from benchmarks.epoch_time import random_batches
-    from benchmarks.forms import plain_step
+    from benchmarks.forms import plain_step, random_batches
 
     torch.manual_seed(0)
     net = build_model("resnet8_half", 10)
@@ -82,7 +81,9 @@ def test_rows_and_table():
     paper, fast = epoch_time.rows_of("resnet18", "natural", found, 128, product=1e15)
     assert paper["epoch_s"] == pytest.approx(0.3 * 390) and fast["times_paper_style"] == pytest.approx(2.0)
     assert fast["images_s"] == pytest.approx(128 / 0.15)
-    lines = epoch_tables.table({"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}).splitlines()
+    lines = epoch_tables.epoch_table(
+        {"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}
+    ).splitlines()
     assert lines[0].count("|") == lines[3].count("|") and "| fast | 58.50 | 39.00 to 78.00 | 2.00 |" in lines[3]
     assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)
 
@@ -132,7 +133,7 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
     assert {label for label, row in rows.items() if row["engine"] == "reference"} == {"Free-AT", "FGSM-GA", "ATAS"}
     said = capsys.readouterr().out
     assert said.index(epoch_tables.methods_table(found)) == 0  # no table of tasks where none is timed
-    assert epoch_tables.about(found) in said and "Methods: " in epoch_tables.about(found)
+    assert epoch_tables.epoch_note(found) in said and "Methods: " in epoch_tables.epoch_note(found)
 
 
 def test_steps_of_methods_are_those_of_their_runs(monkeypatch):
@@ -164,7 +165,7 @@ def test_the_profile_adds_up():
     rows = profile_step.rows_of("reference", "resnet8_half", 2, torch.device("cpu"))
     assert sum(row["share"] for row in rows) == pytest.approx(1.0) and rows[0]["ms"] == max(row["ms"] for row in rows)
     assert any("convolution" in row["name"] for row in rows)
-    assert profile_step.table(rows).splitlines()[-1].startswith(f"| reference | all {len(rows)} |")
+    assert profile_step.profile_table(rows).splitlines()[-1].startswith(f"| reference | all {len(rows)} |")
 
 
 def test_a_form_without_a_kernel_does_not_call_it(monkeypatch):

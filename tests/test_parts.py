@@ -92,7 +92,7 @@ def test_a_part_out_of_time_is_ended_with_its_children_and_the_next_one_runs(par
     }
     assert summary["rows"][0]["result"] == "out of time" and 2 <= summary["rows"][0]["seconds"] < 20
     assert summary["versions"]["torch"] == torch.__version__ and {"device", "date"} <= set(summary)
-    assert capsys.readouterr().out.endswith(parts.table(summary["rows"]) + "\n")
+    assert capsys.readouterr().out.endswith(parts.parts_table(summary["rows"]) + "\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt", "summary.json"]
     logs = (tmp_path / "logs.txt").read_text()
     assert re.findall("^==== (.*) ====$", logs, re.MULTILINE) == ["slow", "wrong", "right"]

@@ -17,9 +17,9 @@ def benchmarks_importable(monkeypatch):
 
 
 def test_results_tables_are_the_committed_measurements():
-    from benchmarks.table import engines, reproduced, table
+    from benchmarks.table import engines, reproduced, results
 
-    for name, rows in (("results", table), ("engines", engines), ("reproduced", reproduced)):
+    for name, rows in (("results", results), ("engines", engines), ("reproduced", reproduced)):
         command = "" if name == "results" else f" {name}"
         assert f"<!-- {name}: python -m benchmarks.table{command} -->\n{rows()}\n<!-- end of {name} -->" in README
 
@@ -30,13 +30,21 @@ def test_results_tables_are_the_committed_measurements():
     ids=lambda value: value if len(value) < 40 else "page",
 )
 def test_tables_of_speed_are_the_committed_measurements(page, name):
-    from benchmarks import convolutions, epoch_time, generated, kernel_builds, kernels, verify_rates
+    from benchmarks import convolutions, epoch_tables, generated, kernel_builds, kernels, verify_rates
 
-    modules = (kernel_builds, kernels, epoch_time, convolutions, generated, verify_rates)
-    of = next(of for of in modules if name.startswith(of.__name__.removeprefix("benchmarks.").replace("_", "-")))
-    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    rows = of.table(found if of is epoch_time else found["rows"])
-    assert f"<!-- {name}: python -m {of.__name__} -->\n{rows}\n\n{of.about(found)}\n<!-- end of {name} -->" in page
+    writers = {  # command -> table, note
+        "kernel_builds": (kernel_builds.builds_table, kernel_builds.builds_note),
+        "kernels": (kernels.kernels_table, kernels.kernels_note),
+        "epoch_time": (epoch_tables.epoch_table, epoch_tables.epoch_note),
+        "convolutions": (convolutions.convolutions_table, convolutions.convolutions_note),
+        "generated": (generated.roofline_table, generated.roofline_note),
+        "verify_rates": (verify_rates.rates_table, verify_rates.rates_note),
+    }
+    command = next(command for command in writers if name.startswith(command.replace("_", "-")))
+    table, note = writers[command]
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    rows = table(result if command == "epoch_time" else result["rows"])
+    assert f"<!-- {name}: python -m benchmarks.{command} -->\n{rows}\n\n{note(result)}\n<!-- end of {name} -->" in page
 
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- end of (methods-.*) -->", METHODS))
@@ -51,10 +59,10 @@ def test_tables_of_methods_are_the_committed_runs(name):
 
 
 def test_seconds_of_methods_are_the_committed_measurement():
-    from benchmarks.epoch_tables import about, methods_table
+    from benchmarks.epoch_tables import epoch_note, methods_table
 
-    found = json.loads((ROOT / "benchmarks" / "results" / "epoch-time-methods-cpu.json").read_text())
-    text = f"{methods_table(found)}\n\n{about(found)}"
+    result = json.loads((ROOT / "benchmarks" / "results" / "epoch-time-methods-cpu.json").read_text())
+    text = f"{methods_table(result)}\n\n{epoch_note(result)}"
     assert f" -->\n{text}\n<!-- end of epoch-time-methods-cpu -->" in METHODS
 
 
