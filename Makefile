@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.fastafd-setup
 
-.PHONY: setup train test lint bundle clean
+.PHONY: setup train test lint docs bundle clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html, or run $(BIN)/mkdocs serve"
+
 # make bundle PYTHON=3.12: wheels for a machine without internet that has that Python; .venv is made with python3 as ever
 BUNDLE_FOR := $(filter-out python3,$(PYTHON))
 bundle: override PYTHON := python3
@@ -34,5 +38,5 @@ bundle: $(STAMP)
 	$(BIN)/python bundle.py $(BUNDLE_FOR)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastafd kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

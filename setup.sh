@@ -60,7 +60,7 @@ fi
 
 say "installing fastafd and what it needs"
 : >"$log"
-if ! pip_install -e '.[plot,tensorboard,dev]'; then
+if ! pip_install -e '.[plot,tensorboard,docs,dev]'; then
     say "pip failed; the end of $log says why:"
     tail -n 20 "$log"
     exit 1

@@ -1,11 +1,12 @@
-"""The README's tables of results, in Markdown, from the JSON files under benchmarks/results/.
+"""The tables of results in the README and in docs/, in Markdown, from the JSON files under benchmarks/results/.
 
     python -m benchmarks.table                  # natural and fine-tuned models
-    python -m benchmarks.table engines          # the fast engine's beside the reference's
-    python -m benchmarks.table reproduced       # the paper's figures and ours (results/DEVICE/, benchmarks.reproduce)
+    python -m benchmarks.table overview         # the rows of it that the README has
+    python -m benchmarks.table engines          # models of the fast engine and of the reference engine
+    python -m benchmarks.table reproduced       # our figures beside the paper's (results/DEVICE/, benchmarks.reproduce)
     python -m benchmarks.table natural RUNS     # JSON: RUNS/natural-ENGINE-SEED, evaluated (benchmarks/engines.sh)
 
-Every number of the tables comes from one of these files; a test holds the README to what this prints.
+Every number of the tables comes from one of these files; a test compares the pages with the output of this command.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastafd.reporting.markdown import markdown_table
 from fastafd.reporting.paper import ACCURACY, PRETRAINED
+from fastafd.settings import ATTACK_NAMES
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = [  # file, model in it, what the row says it is
+ROWS = [  # file, model in it, name of the row
     ("digits", "natural", "ResNet-8 of half width, digits, natural (`make train`)"),
     ("digits", "AFD", "… fine-tuned with AFD, recipe `digits`"),
     ("small-resnet8-afd", "natural", "ResNet-8, 10,000 CIFAR-10 images, natural, 15 epochs"),
@@ -29,18 +32,24 @@ ROWS = [  # file, model in it, what the row says it is
     ("small-resnet18-off", "AFD", "… fine-tuned, 100 steps of 64, terms off"),
     ("small-resnet18-afd", "AFD", "… fine-tuned, 100 steps of 64, AFD"),
 ]
-ENGINES = [  # file, engine, what the row says it is
+ENGINES = [  # file, engine, name of the row
     ("digits", "reference", "ResNet-8 of half width, recipe `digits`"),
     ("digits-fast", "fast", "the same"),
     ("small-resnet8-afd", "reference", "ResNet-8, 10,000 CIFAR-10 images, AFD, 8 epochs"),
     ("small-resnet8-fast", "fast", "the same"),
 ]
-ATTACKS = ("clean", "pgd20", "autoattack")
+OVERVIEW = (
+    "digits",
+    "small-resnet18-natural",
+    "small-resnet18-off",
+    "small-resnet18-afd",
+)  # files of the README's rows
+HEAD = list(ATTACK_NAMES.values())
 OF_PAPER: dict[str, dict[str, float]] = {  # per cent, ResNet-18 on CIFAR-10
     "natural": {"clean": PRETRAINED["resnet18", "cifar10"]},
-    **{of: dict(zip(ATTACKS, ACCURACY["resnet18"]["cifar10"][of], strict=True)) for of in ("AFD", "vAFT")},
+    **{of: dict(zip(ATTACK_NAMES, ACCURACY["resnet18"]["cifar10"][of], strict=True)) for of in ("AFD", "vAFT")},
 }
-REPRODUCED = [  # file, model in it, what the row says it is
+REPRODUCED = [  # file, model in it, name of the row
     ("afd-released", "natural", "natural, as pyautoattack ships it"),
     ("natural", "natural", "natural, 100 epochs by the appendix"),
     ("afd-released", "AFD", "AFD, recipe `released`"),
@@ -57,37 +66,49 @@ REPRODUCED = [  # file, model in it, what the row says it is
 
 
 def cell(measured: dict[str, Any] | None) -> str:
+    """An accuracy with its Wilson 95 % interval and n."""
     if measured is None:
         return "not run"
     low, high = (100 * bound for bound in measured["interval"])
     return f"{100 * measured['accuracy']:.1f} [{low:.1f}, {high:.1f}] n={measured['n']}"
 
 
-def results() -> str:
-    lines = ["| model | clean | PGD-20 | AutoAttack | measured |", "|---|---|---|---|---|"]
-    for file, model, label in ROWS:
-        result = json.loads((RESULTS / f"{file}.json").read_text())
-        figures = result if model is None else result["models"][model]
-        cells = " | ".join(cell(figures.get(attack)) for attack in ATTACKS)
-        lines.append(f"| {label} | {cells} | [{file}](benchmarks/results/{file}.json), {result['date'][:10]} |")
-    return "\n".join(lines)
+def link(file: Path, date: str, base: str) -> str:
+    """A link to a file of results; base: the path of results/ from the page."""
+    return f"[{file.stem}]({base}/{file.relative_to(RESULTS)}), {date[:10]}"
+
+
+def results(rows: Sequence[tuple[str, str | None, str]] = tuple(ROWS), base: str = "../benchmarks/results") -> str:
+    """Natural and fine-tuned models."""
+    lines = []
+    for name, model, label in rows:
+        file = RESULTS / f"{name}.json"
+        result = json.loads(file.read_text())
+        accuracies = result if model is None else result["models"][model]
+        cells = [cell(accuracies.get(attack)) for attack in ATTACK_NAMES]
+        lines.append([label, *cells, link(file, result["date"], base)])
+    return markdown_table(["model", *HEAD, "measured"], lines)
+
+
+def overview() -> str:
+    """The rows of `results` that the README shows."""
+    return results([row for row in ROWS if row[0] in OVERVIEW], "benchmarks/results")
 
 
 def engines() -> str:
     """Fine-tuned models of both engines."""
-    lines = ["| run | engine | clean | PGD-20 | AutoAttack | measured |", "|---|---|---|---|---|---|"]
-    for file, engine, label in ENGINES:
-        result = json.loads((RESULTS / f"{file}.json").read_text())
-        cells = " | ".join(cell(result["models"]["AFD"].get(attack)) for attack in ATTACKS)
-        link = f"[{file}](benchmarks/results/{file}.json), {result['date'][:10]}"
-        lines.append(f"| {label} | {engine} | {cells} | {link} |")
-    return "\n".join(lines)
+    lines = []
+    for name, engine, label in ENGINES:
+        file = RESULTS / f"{name}.json"
+        result = json.loads(file.read_text())
+        cells = [cell(result["models"]["AFD"].get(attack)) for attack in ATTACK_NAMES]
+        lines.append([label, engine, *cells, link(file, result["date"], "../benchmarks/results")])
+    return markdown_table(["run", "engine", *HEAD, "measured"], lines)
 
 
 def reproduced(folders: Sequence[Path] = ()) -> str:
-    """Measured figures beside the paper's: of what `benchmarks.reproduce` left in these folders, or in results/*/."""
-    head = ["model", "device", *("clean", "PGD-20", "AutoAttack"), "s of training", "of them compiling", "measured"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    """Our figures beside the paper's: those that `benchmarks.reproduce` left in these folders, or in results/*/."""
+    lines = []
     committed = sorted({file.parent for name, *_ in REPRODUCED for file in RESULTS.glob(f"*/{name}.json")})
     for folder in folders or committed or [Path("none yet")]:
         for name, model, label in REPRODUCED:
@@ -95,25 +116,26 @@ def reproduced(folders: Sequence[Path] = ()) -> str:
             if file.exists():
                 lines.append(measured_row(label, model, file))
             elif not label.startswith("tried"):
-                cells = ["", *(beside(None, OF_PAPER[model].get(attack)) for attack in ATTACKS), "", "", ""]
-                lines.append("| " + " | ".join([label, *cells]) + " |")
-    return "\n".join(lines)
+                cells = (beside(None, OF_PAPER[model].get(attack)) for attack in ATTACK_NAMES)
+                lines.append([label, "", *cells, "", "", ""])
+    return markdown_table(["model", "device", *HEAD, "s of training", "of them compiling", "measured"], lines)
 
 
-def measured_row(label: str, model: str, file: Path) -> str:
+def measured_row(label: str, model: str, file: Path) -> list[str]:
+    """The cells of a model that was measured."""
     result = json.loads(file.read_text())
-    figures = result["models"][model] if "models" in result else result
-    cells = [beside(figures.get(attack), OF_PAPER[model].get(attack)) for attack in ATTACKS]
+    accuracies = result["models"][model] if "models" in result else result
+    cells = [beside(accuracies.get(attack), OF_PAPER[model].get(attack)) for attack in ATTACK_NAMES]
     seconds = (
         result["seconds"] if "models" not in result else result["seconds"]["finetuning"] if model != "natural" else {}
     )
     spent = ["" if seconds.get(part) is None else f"{seconds[part]:.0f}" for part in ("wall", "compile")]
-    link = f"[{file.stem}](benchmarks/results/{file.parent.name}/{file.name}), {result['date'][:10]}"
-    return "| " + " | ".join([label, result["device"], *cells, *spent, link]) + " |"
+    path = f"../benchmarks/results/{file.parent.name}/{file.name}"
+    return [label, result["device"], *cells, *spent, f"[{file.stem}]({path}), {result['date'][:10]}"]
 
 
 def beside(measured: dict[str, Any] | None, of_paper: float | None) -> str:
-    """A figure with its interval, the paper's, and whether the one holds the other."""
+    """An accuracy with its interval, the paper's, and whether the interval contains the paper's."""
     text = cell(measured)
     if of_paper is None:
         return "" if measured is None else text
@@ -137,8 +159,8 @@ def natural(runs: Path) -> str:
 
 
 if __name__ == "__main__":
-    which = "".join(sys.argv[1:2])
-    if which == "natural":
+    name = "".join(sys.argv[1:2])
+    if name == "natural":
         print(natural(Path(sys.argv[2])))
     else:
-        print({"": results, "engines": engines, "reproduced": reproduced}[which]())
+        print({"": results, "overview": overview, "engines": engines, "reproduced": reproduced}[name]())

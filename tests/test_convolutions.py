@@ -66,7 +66,7 @@ def test_every_form_is_the_operation_it_stands_for(convolutions):
 
 def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path, capsys):
     """A run with forms that raise or compute something else, in the place of those of a GPU."""
-    whole = convolutions.forms
+    whole = convolutions.shape_forms
 
     def some(shape, cuda, templates):
         found = whole(shape, cuda, templates)

@@ -1,4 +1,4 @@
-"""The README, the notes and the methods' page against the tree: figures, commands, files."""
+"""The README and the pages of docs/ compared with the tree: numbers, commands, files, and the drop-in example."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, verb
 
-README, NOTES, METHODS = ((ROOT / page).read_text() for page in ("README.md", "benchmarks/NOTES.md", "docs/methods.md"))
+from fastafd.recipes import RECIPES, find_recipe
+
+README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+METHODS = DOCS["methods.md"]
+EVERYTHING = "\n".join([README, *DOCS.values()])
 
 
 @pytest.fixture(autouse=True)
@@ -16,20 +22,21 @@ def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def test_results_tables_are_the_committed_measurements():
-    from benchmarks.table import engines, reproduced, results
+@pytest.mark.parametrize("name", ["results", "overview", "engines", "reproduced"])
+def test_results_tables_are_the_committed_measurements(name):
+    from benchmarks import table
 
-    for name, rows in (("results", results), ("engines", engines), ("reproduced", reproduced)):
-        command = "" if name == "results" else f" {name}"
-        assert f"<!-- {name}: python -m benchmarks.table{command} -->\n{rows()}\n<!-- end of {name} -->" in README
+    page = README if name == "overview" else EVERYTHING
+    command = "" if name == "results" else f" {name}"
+    rows = getattr(table, name)()
+    assert f"<!-- {name}: python -m benchmarks.table{command} -->\n{rows}\n<!-- end of {name} -->" in page
 
 
-@pytest.mark.parametrize(
-    "page, name",
-    [(page, name) for page in (NOTES, README) for name in re.findall(r"<!-- end of (.*-.*) -->", page)],
-    ids=lambda value: value if len(value) < 40 else "page",
-)
-def test_tables_of_speed_are_the_committed_measurements(page, name):
+SPEED = re.findall(r"<!-- end of (.*-.*) -->", DOCS["measurements.md"] + DOCS["speed.md"])
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_tables_of_speed_are_the_committed_measurements(name):
     from benchmarks import convolutions, epoch_tables, generated, kernel_builds, kernels, verify_rates
 
     writers = {  # command -> table, note
@@ -44,7 +51,10 @@ def test_tables_of_speed_are_the_committed_measurements(page, name):
     table, note = writers[command]
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     rows = table(result if command == "epoch_time" else result["rows"])
-    assert f"<!-- {name}: python -m benchmarks.{command} -->\n{rows}\n\n{note(result)}\n<!-- end of {name} -->" in page
+    assert (
+        f"<!-- {name}: python -m benchmarks.{command} -->\n{rows}\n\n{note(result)}\n<!-- end of {name} -->"
+        in EVERYTHING
+    )
 
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- end of (methods-.*) -->", METHODS))
@@ -66,28 +76,72 @@ def test_seconds_of_methods_are_the_committed_measurement():
     assert f" -->\n{text}\n<!-- end of epoch-time-methods-cpu -->" in METHODS
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+def test_no_table_is_lost():
+    """Each of these had a test when it stood in the README."""
+    tables = {"results", "overview", "engines", "reproduced", "epoch-time-cpu", "kernels-cpu", "generated-resnet18"}
+    assert tables <= set(re.findall(r"<!-- end of (.*) -->", EVERYTHING)) and len(SPEED) >= 8
 
 
-def test_flags_in_the_readme_exist():
-    from benchmarks.parts import arguments
+LINKS = [
+    (name, target)
+    for name, text in {"README.md": README, **DOCS}.items()
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)
+]
+
+
+@pytest.mark.parametrize("page, target", sorted(set(LINKS)))
+def test_links_lead_somewhere(page, target):
+    assert ((ROOT if page == "README.md" else ROOT / "docs") / target).exists()
+
+
+def test_the_readme_is_an_entrance():
+    assert len(README.splitlines()) <= 120
+    for name in DOCS:
+        assert name in ("index.md", "api.md", "five-minutes.md") or f"docs/{name}" in README, name
+
+
+def test_flags_exist():
+    """Flags of fastafd and of benchmarks, wherever a page names one."""
     from fastafd import train
     from fastafd.cli import entries
 
-    known = {"--" + name.replace("_", "-") for name, *_ in entries(train.parse([]))}
-    known |= {"--" + name.replace("_", "-") for name, *_ in entries(verb("evaluate")["EvaluateConfig"]())} | {
-        "--resume",
-        "--config",
-        "--help",
-    }
-    known |= {flag for action in arguments("benchmarks.reproduce", "")._actions for flag in action.option_strings}
-    for script in ("sweep", "epoch_time"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / f"{script}.py").read_text()))
-    assert set(re.findall(r"--[a-z][a-z0-9.-]+", README)) <= known
+    verbs = [train.parse([]), *(verb(name)[config]() for name, config in CONFIGS.items())]
+    known = {"--" + name.replace("_", "-") for config in verbs for name, *_ in entries(config)}
+    known |= {"--resume", "--config", "--help"}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    known |= {"--" + name for recipe in RECIPES.values() for name in vars(recipe().method)}
+    assert {flag.rstrip(".-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]+", EVERYTHING)} <= known
 
 
-def test_code_map_names_what_is_there():
-    for name in re.findall(r"`((?:fastafd|kernels|benchmarks)/[a-z_/.]*)`", README):
+CONFIGS = {
+    "evaluate": "EvaluateConfig",
+    "report": "ReportConfig",
+    "verify": "VerifyConfig",
+    "pretrain": "PretrainConfig",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", *DOCS, "../CONTRIBUTING.md"])
+def test_files_that_pages_name_exist(page):
+    text = README if page == "README.md" else (ROOT / "docs" / page).read_text()
+    for name in re.findall(r"`((?:fastafd|kernels|benchmarks|tests|docs)/[a-z_0-9/.]*)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "your-model.md"])
+def test_the_drop_in_example_runs(page):
+    """The code as it stands on the page, on a small network, with the weight decays of the recipe."""
+    from fastafd.models import build_model
+
+    text = README if page == "README.md" else DOCS[page]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "AFDStep" in code]
+    torch.manual_seed(0)
+    batch = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8), torch.arange(4)
+    names = {"net": build_model("resnet8_half", 10).eval(), "loader": [batch, batch]}
+    exec(code, names)
+    assert names["metrics"]["loss"].isfinite() and type(names["robust"]) is type(names["net"])
+    released = find_recipe("released")
+    decays = [group["weight_decay"] for group in names["optimizer"].param_groups]
+    assert decays == [released.sgd.weight_decay, released.d2_weight_decay]
+    assert names["optimizer"].defaults["lr"] == released.sgd.lr

@@ -10,18 +10,10 @@ import tomllib
 import pytest
 from conftest import ROOT
 
+from benchmarks.pictures import ROOMS
+
 # A file or folder may import from itself and from the rows above, nothing else.
-LAYERS = [
-    ["settings", "console", "kernels"],
-    ["files", "device", "capture"],
-    ["models", "attacks", "data", "reporting", "cli"],
-    ["methods", "checkpoint", "evaluation"],
-    ["config", "samples"],
-    ["recipes"],
-    ["training"],
-    ["verification"],
-    ["train", "pretrain", "verify", "evaluate", "report"],  # the verbs
-]
+LAYERS = ROOMS  # benchmarks/pictures.py, which draws the map of docs/ from the same rows
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

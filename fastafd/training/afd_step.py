@@ -22,14 +22,17 @@ from fastafd.training.step import TrainStep
 class AFDStep(TrainStep):
     """The AFD step for any training loop: `metrics = AFDStep(model, teacher, optimizer)(x, y)`.
 
-    model: `fastafd.disentangle(net)`.
-    teacher: the natural classifier that `net` started from; the step makes a frozen copy of it.
-    optimizer: over model.parameters(); `fastafd.make_sgd` gives D2 its own weight decay, as the recipes do.
-    recipe: the name of a recipe, or a config. `attack` replaces the recipe's attack, and a keyword replaces a field:
-    alpha, beta, gamma, classifier_alpha, eps, step_size, steps, random_start, attack_bn, ema_decay, seed.
-    amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
-    engine: "fast" (compiled, the attack on a snapshot with folded BatchNorms, on CUDA one graph a step), "reference"
-    (plain PyTorch), or "auto": fast on CUDA, reference on a CPU.
+    - model: `fastafd.disentangle(net)`.
+    - teacher: the natural classifier that `net` started from; the step makes a frozen copy of it.
+    - optimizer: over model.parameters(); `fastafd.make_sgd` gives D2 a weight decay of its own, as the recipes do.
+    - recipe: the name of a recipe, or a config.
+    - attack: replaces the recipe's attack.
+    - amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
+    - engine: "fast" (compiled, the attack on a snapshot with folded BatchNorms, on CUDA one graph a step), "reference"
+      (plain PyTorch), or "auto": fast on CUDA, reference on a CPU.
+    - augment: crop and flip of uint8 batches, such as `fastafd.data.Augment(padding=4, flip=True, seed=0)`.
+    - fields: replace fields of the recipe: alpha, beta, gamma, classifier_alpha, eps, step_size, steps, random_start,
+      attack_bn, ema_decay, seed.
 
     The fast engine turns an SGD optimizer into a fused one and its learning rates into tensors; the weight decay and
     the momentum of the first steps stay in use. It puts weights that are not channels_last into that layout, in place,
