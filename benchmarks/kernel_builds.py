@@ -116,14 +116,14 @@ def launch_of(kernel: Any, operands: tuple[Any, ...], named: dict[str, int]) -> 
 @contextmanager
 def noted() -> Iterator[set[Launch]]:
     """The launches that are made inside this block; none of them takes place."""
-    from triton import JITFunction
+    from triton import KernelInterface
 
     variants: set[Launch] = set()
 
     def note(kernel: Any, grid: tuple[int, ...]) -> Any:
         return lambda *operands, **named: variants.add(launch_of(kernel, operands, named))
 
-    with mock.patch.object(JITFunction, "__getitem__", note):
+    with mock.patch.object(KernelInterface, "__getitem__", note):
         yield variants
 
 

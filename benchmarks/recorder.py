@@ -199,12 +199,12 @@ def launcher(func: Any) -> Callable[..., Any]:
 @contextmanager
 def kernels_noted(counted: list[Any]) -> Iterator[None]:
     """Inside this block, a launch of a Triton kernel is noted and does not take place."""
-    from triton import JITFunction
+    from triton import KernelInterface
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
         return lambda *values, **options: counted.append(kernel)
 
-    with mock.patch.object(JITFunction, "__getitem__", launch):
+    with mock.patch.object(KernelInterface, "__getitem__", launch):
         yield
 
 

@@ -11,37 +11,40 @@ from typing import Any
 
 import torch
 
-_abandoned: list[torch.cuda.CUDAGraph] = []  # kept: the allocator may still ask them
+_abandoned: list[torch.cuda.CUDAGraph] = []  # kept alive, because the allocator may still use them
 
 
 def capture(call: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The recording of a call on `stream`, in a memory pool of its own or the one named, and what the call returned.
+    """Record a call on `stream` as a CUDA graph; returns the graph and the result of the call.
 
-    Raises what the call raised; the current stream, the allocator and the default generator are then as before.
+    pool: the memory pool to use; None makes a new one. If the call raises, its error is raised again, and the current
+    stream, the allocator and the default generator are as before.
     """
-    gc.collect()  # a graph that the collector destroyed meanwhile could break this one
-    here, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
+    gc.collect()  # destroying another graph during the recording could break it
+    before, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     try:
-        # Of this thread alone: a loader's thread may allocate meanwhile.
+        # Record this thread only, because a loader's thread may allocate memory at the same time.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = call()
     except Exception as error:
         _abandoned.append(graph)
-        torch.cuda.set_stream(here)
+        torch.cuda.set_stream(before)
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros((), device=stream.device)
-        torch.cuda.set_stream(here)
-        raise (error.__context__ or error) from None  # the first of them; the end of a broken recording is another
+        torch.cuda.set_stream(before)
+        raise (
+            error.__context__ or error
+        ) from None  # the original error: ending a broken recording raises a second one
     return graph, outputs
 
 
 def interleaved_seconds(
     calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 20, warm: int = 3
 ) -> dict[str, float]:
-    """Median seconds of each call on a GPU: recorded as graphs, replayed in turn, round after round."""
+    """The median seconds of each call on a GPU. The calls are recorded as graphs and replayed in turn in each round."""
     stream = torch.cuda.Stream(device)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     torch.cuda.synchronize(device)

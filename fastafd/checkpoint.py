@@ -1,4 +1,4 @@
-"""Files of weights and of whole runs: written whole or not at all, read without running code from them."""
+"""Files of weights and of whole runs. They are written completely or not at all, and reading them runs no code."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def save_run(path: Path, state: dict[str, Any]) -> None:
-    """Everything that a run needs to go on."""
+    """Write everything that a resumed run needs."""
     write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_run(path: Path) -> dict[str, Any]:
-    """What `save_run` wrote, on the CPU. UsageError for a missing, truncated or foreign file."""
+    """Read the file of `save_run`, onto the CPU. UsageError for a missing, truncated or foreign file."""
     state = _load_pickle(path, "resume")
     if not isinstance(state, dict) or "progress" not in state:
         raise UsageError(f"resume: {path} is not a checkpoint of a fastafd run")
@@ -38,23 +38,23 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def save_model(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
-    """A classifier as safetensors; `about` (arch, num_classes, image_size, normalize, …) travels in its header."""
+    """Write a classifier as safetensors, with `about` (arch, num_classes, image_size, normalize, …) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     header = {"fastafd": json.dumps(about), "format": "pt"}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The classifier of a run folder or of a `model.safetensors`, in eval mode: [0,1] pixels in, logits out.
+    """The classifier of a run folder or of a `model.safetensors`, in eval mode; it takes pixels in [0,1].
 
-    Raises UsageError for a path that is neither.
+    Raises UsageError for any other path.
     """
     net, _ = load_model_about(Path(path))
     return net.to(device)
 
 
 def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_model` and what the file's header says of it."""
+    """The classifier of `load_model`, on the CPU, and the header of its file."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.exists():
         raise UsageError(f"model: got {path}, takes a run folder with a model.safetensors, or such a file")
@@ -72,17 +72,17 @@ def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def header_of(file: Path) -> dict[str, Any]:
-    """What `save_model` wrote into a safetensors file of its classifier; nothing in one of other origin."""
+    """The header that `save_model` wrote; empty for a safetensors file of another program."""
     with safe_open(file, framework="pt") as opened:
-        found: dict[str, Any] = json.loads((opened.metadata() or {}).get("fastafd", "{}"))
-    return found
+        header: dict[str, Any] = json.loads((opened.metadata() or {}).get("fastafd", "{}"))
+    return header
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, whatever it is wrapped in: safetensors, or a pickle of tensors alone.
+    """The state dict in a file: safetensors, or a pickle that holds only tensors.
 
-    Takes `state_dict`, `model`, `net` … containers off, and `module.` and `_orig_mod.` prefixes, as often as they
-    stand there. UsageError for a missing, truncated or foreign file.
+    Containers such as `state_dict`, `model` and `net`, and the prefixes `module.` and `_orig_mod.`, are removed as
+    often as they occur. UsageError for a missing, truncated or foreign file.
     """
     if not path.is_file():
         raise UsageError(f"weights: got {path}, takes a file of weights, and there is none")
@@ -91,7 +91,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as opened:
                 return {_strip(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"weights: {path} is no whole safetensors file: {error}") from None
+            raise UsageError(f"weights: {path} is not a complete safetensors file: {error}") from None
     state = _load_pickle(path, "weights")
     while isinstance(state, dict) and not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[name] for name in CONTAINERS if isinstance(state.get(name), dict)), None)
@@ -104,28 +104,32 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Load `weights` strictly into `net`. UsageError that names what does not fit."""
-    own = net.state_dict()
-    if "normalize.mean" in own and "normalize.mean" not in weights and not any(n.startswith("model.") for n in weights):
+    """Load `weights` strictly into `net`. UsageError names what does not fit."""
+    state = net.state_dict()
+    if (
+        "normalize.mean" in state
+        and "normalize.mean" not in weights
+        and not any(n.startswith("model.") for n in weights)
+    ):
         weights = {f"model.{name}": value for name, value in weights.items()}
-        weights |= {name: own[name] for name in ("normalize.mean", "normalize.std")}
-    if "normalize.mean" in weights and "normalize.mean" not in own:
+        weights |= {name: state[name] for name in ("normalize.mean", "normalize.std")}
+    if "normalize.mean" in weights and "normalize.mean" not in state:
         raise UsageError(f"weights: {source} carries a normalisation layer; say which with --normalize")
-    # TRADES' WRNs carry a copy of block1 that no forward pass reads; counters are absent from old files.
+    # WRNs of TRADES have a copy of block1 that no forward pass reads; old files have no counters.
     weights = {
         name: value for name, value in weights.items() if not name.startswith(("sub_block1.", "model.sub_block1."))
     }
-    for name, value in own.items():
+    for name, value in state.items():
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, value)
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing, extra = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or extra:
         problem = f"no {missing[0]}" if missing else f"an unknown {extra[0]}"
         raise UsageError(
             f"weights: {source} does not fit the architecture: {len(missing)} missing and {len(extra)} unknown"
             f" tensors, among them {problem}"
         )
-    for name, value in own.items():
+    for name, value in state.items():
         if weights[name].shape != value.shape:
             raise UsageError(
                 f"weights: {source} does not fit the architecture: {name} is {tuple(weights[name].shape)},"
@@ -151,6 +155,6 @@ def _load_pickle(path: Path, field: str) -> Any:
         reason = (
             "it holds more than tensors"
             if "weights_only" in str(error).lower()
-            else "it is truncated or no PyTorch file"
+            else "it is truncated or not a PyTorch file"
         )
         raise UsageError(f"{field}: {path} cannot be read: {reason}") from None

@@ -1,4 +1,4 @@
-"""What a run says: plain lines anywhere, a live progress bar with the time left on a terminal, one table at the end."""
+"""The output of a run: lines, progress bars (live on a terminal), and tables."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-PLAIN_EVERY_S = 15.0  # seconds between two progress lines where there is no terminal
+PLAIN_EVERY_S = 15.0  # seconds between two progress lines without a terminal
 
 
 def end(code: int) -> NoReturn:
-    """End the process when all that it printed is written; a reader that has gone, as `head` does, is no error."""
+    """Write all buffered output, then end the process. A closed pipe, as with `| head`, is not an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # Python flushes once more as it ends
+        except BrokenPipeError:  # Python would flush once more at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Call a command and end with its exit code; 1 where nobody reads what it prints any more."""
+    """Call a command and end the process with its exit code, or with 1 if its output pipe was closed."""
     try:
         code = main()
         sys.stdout.flush()
@@ -36,16 +36,17 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 class Console:
-    """Writes to standard error, or to standard output for results."""
+    """Writes lines and progress to standard error, and tables to standard output."""
 
     def __init__(self) -> None:
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
+        """Write one line."""
         self.rich.print(text, markup=False)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """To standard output: it is the result."""
+        """Write a table to standard output, because it is a result."""
         table = Table(title=title, title_justify="left")
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
@@ -56,7 +57,10 @@ class Console:
 
 
 class Bar:
-    """A progress bar over `total` steps, or every 15 s a line; `note` stands behind it. `advance` after each step."""
+    """A progress bar over `total` steps; without a terminal, a line every 15 s. `note` is shown behind it.
+
+    done: steps that an earlier process did.
+    """
 
     def __init__(self, console: Console, label: str, total: int, done: int = 0):
         self.console, self.label, self.total = console, label, total
@@ -75,6 +79,7 @@ class Bar:
         return self
 
     def advance(self, count: int = 1) -> None:
+        """Count that many more steps as done."""
         self.done += count
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done, note=self.note)

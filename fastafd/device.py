@@ -1,4 +1,4 @@
-"""The device: which one, in which arithmetic, what it is called, and what is said when its memory is full."""
+"""The device: choosing it and its arithmetic, its name in results, and the error when its memory is full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name ("auto": a GPU if there is one). UsageError for one that is not there."""
+    """The device of that name; "auto" is a GPU if there is one. UsageError if the device does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """ "bf16", "fp16" or "fp32"; "auto" is bf16 where a GPU computes it."""
+    """The arithmetic, "bf16", "fp16" or "fp32"; "auto" is bf16 on a GPU that computes it, else fp32."""
     if amp == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if amp not in AMP:
@@ -44,13 +44,16 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The arithmetic of the forward passes."""
+    """The autocast context of the forward passes; None is without autocast."""
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
 
 
 @contextmanager
 def algorithms_by_trial() -> Iterator[None]:
-    """Let cuDNN time its algorithms for every new shape and keep the fastest; batches have few shapes."""
+    """Let cuDNN time its algorithms for every new shape and keep the fastest.
+
+    That pays, since batches have few shapes.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -61,7 +64,7 @@ def algorithms_by_trial() -> Iterator[None]:
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """Convolutions in fp32 rather than TF32, which PyTorch allows them by default."""
+    """Compute convolutions in fp32, not in TF32, which PyTorch allows by default."""
     cudnn = torch.backends.cudnn
     as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     with cudnn.flags(**as_is, allow_tf32=False):
@@ -70,23 +73,23 @@ def true_fp32() -> Iterator[None]:
 
 @contextmanager
 def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """RunError in the place of an allocation that fails: what was asked for, what was free, and the advice."""
+    """Turn a failed allocation into a RunError that says what was asked for, what was free, and the advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(said):
+        message = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(message):
             raise
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", said, re.IGNORECASE)
-        free = re.search(r"of which ([\d.]+ \w+) is free", said)
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", message, re.IGNORECASE)
+        free = re.search(r"of which ([\d.]+ \w+) is free", message)
         figures = [f"asked for {asked[1]}" if asked else "", f"{free[1]} free" if free else ""]
-        memory = "GPU memory" if re.search("CUDA|CUBLAS|CUDNN", said) else "memory"
+        memory = "GPU memory" if re.search("CUDA|CUBLAS|CUDNN", message) else "memory"
         known = ", ".join(figure for figure in figures if figure)
         raise RunError(f"out of {memory}{f': {known}' if known else ''}. {advice()}") from error
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and when a figure was made: versions, device, UTC date."""
+    """The device, the versions and the UTC date of a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {package: version(package) for package in ("fastafd", "torchvision", "pyautoattack", "numpy")}
     versions["torch"] = torch.__version__  # with its build, such as +cu130

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastafd.settings import RunError
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; RunError, and no trace, where that fails."""
+    """Let `write` fill a temporary file beside `path`, then rename it. If that fails: RunError, and no file is left."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk in errors of their own
+    except (OSError, RuntimeError) as error:  # torch and safetensors raise RuntimeErrors for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(f"{path}: cannot be written: {reason}") from error
     finally:
@@ -29,10 +29,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def as_json(value: object) -> str:
-    """Indented JSON, but lists of numbers on one line each."""
+    """Indented JSON in which a list of numbers is one line."""
     text = json.dumps(value, indent=1, default=str)
-    return re.sub(r"\[[-+.eE\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    return re.sub(r"\[[-+.eE\d,\s]+\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
 
 
 def save_text(path: Path, text: str) -> None:
+    """Write a text file with `write_atomic`."""
     write_atomic(path, lambda temporary: temporary.write_text(text))

@@ -1,22 +1,22 @@
-"""python -m fastafd.verify: is the fast step the step? Against plain PyTorch in float64, on this machine.
+"""python -m fastafd.verify: compare the fast step with plain PyTorch in float64, on this machine.
 
     python -m fastafd.verify                                # the arithmetic of a run on this machine
     python -m fastafd.verify --arch wrn34_10 --amp bf16 --out certificate.json
     python -m fastafd.verify --recipe trades                # any recipe that the fast engine runs
 
 Four steps do the same work from a few common states, on augmented batches: plain PyTorch in float64 (the reference
-engine), the fast engine in float64, plain PyTorch in the run's arithmetic ("eager"), the fast engine in it ("fast").
+engine), the fast engine in float64, plain PyTorch in the run's arithmetic ("eager"), and the fast engine in the run's
+arithmetic ("fast").
 
-1. float64: the fast engine's code is the step. Attacked images, and on the same attacked images every loss term,
-   gradient, BatchNorm buffer, weight and averaged weight, agree to 1e-9.
-2. The run's arithmetic: of both steps the distance of the same quantities from float64's, the median over comparisons
-   (`verification/certificate.py` says how far it may be and why), and the mean cross-entropy that each one's attack
-   reaches.
-3. Kernels, on CUDA: each that ran, on operands of these very steps, against its reference in float64.
-4. CUDA graph: a replayed step against the same step launched kernel by kernel, as that is against itself.
+1. float64: the attacked images agree, and on the same attacked images every loss term, gradient, BatchNorm buffer,
+   weight and averaged weight agrees to 1e-9.
+2. The run's arithmetic: the distances of the same quantities from float64's, as medians over comparisons
+   (`verification/certificate.py` has the limits and the reasons), and the mean cross-entropy under each attack.
+3. Kernels, on CUDA: each kernel that ran, with the operands of these steps, against its reference in float64.
+4. CUDA graph: a replayed step against the same step launched kernel by kernel.
 
-The certificate is JSON: versions, device, the kernels that ran, and a row for every quantity. Exit code 1 where one is
-too far.
+The certificate is JSON: versions, device, the kernels that ran, and a row for every quantity. The exit code is 1 if a
+quantity is too far off.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ from fastafd.verification.certificate import (
 )
 from fastafd.verification.kernel_checks import Watch, deviations
 
-NATURAL, BEFORE = 20, 5  # steps of natural training, then of the recipe, before the first comparison
-AUGMENTATION = 4, True  # padding of the crop, flip; whatever the data set is trained with
-IN_FLOAT64 = 3  # comparisons of float64, in which nothing is a matter of chance
-Batch = tuple[Tensor, Tensor]
+NATURAL, BEFORE = 20, 5  # steps of natural training, and of the recipe, before the first comparison
+AUGMENTATION = 4, True  # padding of the crop, flip; the same for every data set
+IN_FLOAT64 = 3  # comparisons in float64, where no chance is involved
+ImagesAndLabels = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What `python -m fastafd.verify` takes."""
+    """The settings of `python -m fastafd.verify`."""
 
     arch: str = setting(
         "auto", "classifier: any name that fastafd.train takes; auto: resnet18, on a CPU resnet8_half", text
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
         **verdict,
     }
     save_text(config.out, as_json(certificate))
-    show(verdict, console, f"{config.arch}, recipe {config.recipe}, in {amp} on {certificate['device']}")
+    show_verdict(verdict, console, f"{config.arch}, recipe {config.recipe}, in {amp} on {certificate['device']}")
     if not verdict["verified"]:
         far = [f"{row['group']}: {row['quantity']}" for row in verdict["rows"] if not row["ok"]]
         raise RunError(f"verify: {len(far)} quantities too far, first {far[0]}; all are in {config.out}")
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
 
 
 def recipe_of(name: str) -> TrainConfig:
-    """The recipe. UsageError for one that the fast engine does not run, or that climbs nothing."""
+    """The recipe. UsageError if the fast engine does not run it, or if it has no attack to compare."""
     recipe = find_recipe(name)
     if not _is_verifiable(recipe):
         can = [other for other, build in RECIPES.items() if _is_verifiable(build())]
@@ -154,7 +154,7 @@ def _is_verifiable(recipe: TrainConfig) -> bool:
 def verify(
     config: VerifyConfig, recipe: TrainConfig, amp: str, dataset: Dataset, device: torch.device, console: Console
 ) -> dict[str, Any]:
-    """`verified`; `kernels`, the launches of each that ran; `rows`: group, quantity, eager, fast, limit, ok."""
+    """Compare the steps; returns `verified` (True if all rows are ok), `kernels` (launches by name) and `rows`."""
     steps_in_all = NATURAL + WARM_UPS + BEFORE + config.comparisons
     with Bar(console, "verify", steps_in_all) as bar:
         loader = loader_of(config, dataset, device)
@@ -221,11 +221,11 @@ def verify(
     return {"verified": all(row["ok"] for row in rows), "kernels": watch.counts, "rows": rows}
 
 
-# -- what the steps are fed -----------------------------------------------------------------------------------------
+# -- the data of the steps -----------------------------------------------------------------------------------------
 
 
 def loader_of(config: VerifyConfig, dataset: Dataset, device: torch.device) -> Loader:
-    """The training images, uint8."""
+    """The loader of the training images."""
     assert config.batch_size is not None
     return make_loader(
         "torch",
@@ -239,16 +239,16 @@ def loader_of(config: VerifyConfig, dataset: Dataset, device: torch.device) -> L
     )
 
 
-def batches_of(loader: Loader, bar: Bar) -> Iterator[Batch]:
-    """Its batches, epoch after epoch; each that is asked for is a unit of the bar."""
+def batches_of(loader: Loader, bar: Bar) -> Iterator[ImagesAndLabels]:
+    """The batches of the loader, epoch after epoch; each one advances the bar."""
     for epoch in count():
         for batch in loader.epoch(epoch):
             yield batch
             bar.advance()
 
 
-def trained_naturally(config: VerifyConfig, dataset: Dataset, batches: list[Batch]) -> nn.Module:
-    """A classifier that is no longer at its initial weights and statistics."""
+def trained_naturally(config: VerifyConfig, dataset: Dataset, batches: list[ImagesAndLabels]) -> nn.Module:
+    """A classifier after some natural training, so that its weights and statistics are not the initial ones."""
     torch.manual_seed(config.seed)
     net = build_model(config.arch, len(dataset.classes), config.normalize).to(batches[0][0].device)
     augment = Augment(*AUGMENTATION, config.seed)
@@ -258,7 +258,7 @@ def trained_naturally(config: VerifyConfig, dataset: Dataset, batches: list[Batc
     return net.eval()
 
 
-# -- what a step does with it ---------------------------------------------------------------------------------------
+# -- running a step ---------------------------------------------------------------------------------------
 
 
 class Attacked(NamedTuple):
@@ -269,7 +269,7 @@ class Attacked(NamedTuple):
 
 
 def attacked(step: TrainStep, inputs: Inputs) -> Attacked:
-    """What the step makes of the images, from the common draws."""
+    """The augmented and the attacked images of the step, from the common draws."""
     images, y, offsets, flips, noise, _ = in_type_of(step, inputs)
     with step.engine.launching():
         x = step._pixels(images, offsets, flips)
@@ -277,20 +277,23 @@ def attacked(step: TrainStep, inputs: Inputs) -> Attacked:
 
 
 def compared(exact: TrainStep, images: dict[str, Attacked], inputs: Inputs) -> dict[str, float]:
-    """Of the clean images and of each step's attack: the exact model's mean cross-entropy, and the shares of pixels
-    other than float64's, before the attack and after it."""
+    """The exact model's mean cross-entropy on the clean images and under each step's attack, and shares of pixels.
+
+    The shares are those of pixels that differ from float64's, before the attack ("augmented") and after it
+    ("attacked").
+    """
     clean, x_adv = images["exact"]
-    found = {}
+    numbers = {}
     for name, image in (images | {"clean": Attacked(clean, clean)}).items():
         _, logits = exact.engine.f1(image.x_adv)
-        found[f"{name} loss"] = float(F.cross_entropy(logits, inputs[1]))
-        found[f"{name} augmented"] = float((image.x.float() != clean.float()).double().mean())
-        found[f"{name} attacked"] = float(((image.x_adv - x_adv).abs() > 1e-5).double().mean())
-    return found
+        numbers[f"{name} loss"] = float(F.cross_entropy(logits, inputs[1]))
+        numbers[f"{name} augmented"] = float((image.x.float() != clean.float()).double().mean())
+        numbers[f"{name} attacked"] = float(((image.x_adv - x_adv).abs() > 1e-5).double().mean())
+    return numbers
 
 
 def values_after(step: TrainStep, inputs: Inputs, x_adv: Tensor | None = None) -> Values:
-    """What a step on these inputs leaves behind. x_adv: in the place of what its attack makes."""
+    """The results of a step on these inputs. x_adv: used instead of the step's attacked images, unless None."""
     with mock.patch.object(step, "_inputs", lambda x, y: in_type_of(step, inputs)), ExitStack() as stack:
         if x_adv is not None:
             narrow = x_adv.to(next(step.model.parameters()).dtype)
@@ -301,9 +304,10 @@ def values_after(step: TrainStep, inputs: Inputs, x_adv: Tensor | None = None) -
 def launched_in_both_ways(
     fast: TrainStep, state: dict[str, Any], inputs: Inputs, rate: float
 ) -> tuple[Values, Values, Values]:
-    """What a whole step from `state` leaves: replayed from a recording, launched kernel by kernel, and so once more.
+    """The results of a whole step from `state`: replayed from a recording, launched kernel by kernel, and that again.
 
-    rate: a factor on the learning rates, another one than when it was recorded, so that one that it has kept shows.
+    rate: a factor on the learning rates that differs from the recording's, so that a recording that kept its rate
+    shows.
     """
     state = copy.deepcopy(state)
     for group in state["optimizer"]["param_groups"]:
@@ -319,7 +323,7 @@ def launched_in_both_ways(
 
 @contextmanager
 def without_graphs(step: TrainStep) -> Iterator[None]:
-    """Launch the step kernel by kernel meanwhile."""
+    """Inside this block the step is launched kernel by kernel."""
     if step.graphs is None:
         yield
         return
@@ -331,15 +335,15 @@ def without_graphs(step: TrainStep) -> Iterator[None]:
 
 
 def in_type_of(step: TrainStep, inputs: Inputs) -> Inputs:
-    """The inputs with the attack's start in the type of the step's weights, rounded to float32 in all of them."""
+    """The inputs with the start noise in the type of the step's weights; for every step it is rounded to float32."""
     *others, noise, epoch = inputs
     if noise is not None:
         noise = noise.float().to(next(step.model.parameters()).dtype)
     return *others, noise, epoch  # type: ignore[return-value]
 
 
-def show(verdict: dict[str, Any], console: Console, title: str) -> None:
-    """One row a group: its worst quantity, the one that comes nearest to its limit or goes farthest beyond it."""
+def show_verdict(verdict: dict[str, Any], console: Console, title: str) -> None:
+    """Print a row for each group: its worst quantity, the nearest to its limit or the farthest above it."""
     rows = []
     for group in dict.fromkeys(row["group"] for row in verdict["rows"]):
         of_group = [row for row in verdict["rows"] if row["group"] == group]
@@ -355,7 +359,7 @@ def show(verdict: dict[str, Any], console: Console, title: str) -> None:
 
 
 def beyond(row: Row) -> float:
-    """How near the row is to its limit; 1 and more is beyond it."""
+    """The row's distance as a share of its limit; above 1 it is too far off."""
     if not row["ok"]:
         return math.inf if math.isnan(row["fast"]) or not row["limit"] else row["fast"] / row["limit"]
     return row["fast"] / row["limit"] if row["limit"] else 0.0

@@ -1,4 +1,4 @@
-"""Convolution, bias, residual and ReLU as one operation: on CUDA one call of cuDNN, elsewhere its reference."""
+"""Convolution, bias, residual and ReLU as one operation: one call of cuDNN on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def conv_relu_reference(
 ) -> Tensor:
     """relu(conv2d(x, weight, bias) + residual), channels_last; x (B,C,H,W), weight (D,C,k,l), bias (D,), all one type.
 
-    It has no derivative of its own: `fastafd.attacks.arms.Joined` has.
+    The operation has no derivative; `fastafd.attacks.arms.Joined` defines it.
     """
     out = F.conv2d(x, weight, bias, stride, padding)
     out = (out if residual is None else out + residual).relu()
@@ -26,7 +26,7 @@ def conv_relu_reference(
 def conv_relu_by_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """`conv_relu_reference` by one call of cuDNN."""
+    """`conv_relu_reference`, computed by one call of cuDNN."""
     if residual is None:
         out = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, stride, padding, [1, 1], 1)
     else:

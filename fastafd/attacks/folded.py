@@ -1,4 +1,4 @@
-"""A convolution of the snapshot, with the shift of its BatchNorm and, where they follow, a residual sum and a ReLU."""
+"""A convolution of the snapshot with the shift of its BatchNorm, and with the residual sum and the ReLU behind it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SUMS_IN_PLACE = (operator.iadd, "add_")
 
 
 class Folded(nn.Module):
-    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's own.
+    """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's type.
 
-    relu: whether a ReLU is part of it. forms: the form (`fastafd.attacks.arms`) by the shape of its input; any other
-    shape has the plain one.
+    relu: True if a ReLU is part of it. forms: its form (`fastafd.attacks.arms`) by the shape of its input; all other
+    shapes have the plain form.
     """
 
     shift: Tensor
@@ -36,7 +36,7 @@ class Folded(nn.Module):
         self.register_buffer("shift", torch.zeros(conv.out_channels, dtype=wide, device=conv.weight.device))
         self.relu = False
         self.forms: dict[tuple[int, ...], Form] = {}
-        self.counts: dict[str, int] = {}  # of an arm's prepared tensors
+        self.counts: dict[str, int] = {}  # the number of tensors that each arm prepares
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.conv.weight.dtype)
@@ -52,7 +52,7 @@ class Folded(nn.Module):
         return out.relu() if self.relu else out
 
     def take(self, shape: tuple[int, ...], form: Form) -> None:
-        """Let inputs of this shape have the form from now on; what it prepares is there after `prepare`."""
+        """Use the form for inputs of this shape from now on."""
         self.forms[shape] = form
         site = site_of(self.conv, self.relu)
         for name in form:
@@ -61,27 +61,26 @@ class Folded(nn.Module):
                 tensors = ARMS[name].prepare(self.conv.weight, self.shift, site)
                 self.counts[name] = len(tensors)
                 for index, tensor in enumerate(tensors):
-                    own = tensor.clone(memory_format=torch.preserve_format)
-                    self.register_buffer(f"{name}_{index}", own)
+                    self.register_buffer(f"{name}_{index}", tensor.clone(memory_format=torch.preserve_format))
 
     def prepare(self) -> None:
-        """Bring what the forms prepare up to the weight, in place: once a step."""
+        """Compute the prepared tensors of the forms from the current weight, in place; called once a step."""
         site = site_of(self.conv, self.relu) if self.counts else None
         if site is not None:
             for name in self.counts:
                 tensors = ARMS[name].prepare(self.conv.weight, self.shift, site)
-                for own, tensor in zip(self._prepared(name), tensors, strict=True):
-                    own.copy_(tensor)
+                for buffer, tensor in zip(self._prepared(name), tensors, strict=True):
+                    buffer.copy_(tensor)
 
     def _prepared(self, name: str) -> list[Tensor]:
         return [getattr(self, f"{name}_{index}") for index in range(self.counts[name])]
 
 
 def join(net: fx.GraphModule) -> None:
-    """Make the residual sum and the ReLU behind a `Folded` part of it: conv [-> sum] -> ReLU, read by nothing else.
+    """Make the residual sum and the ReLU behind a `Folded` part of it, if nothing else reads the values between them.
 
-    The arithmetic stays what it was. The convolution waits for the sum: its input is still the same then, since a
-    weight's gradient would need it too.
+    The arithmetic does not change. The convolution moves to the place of the sum. Its input is still unchanged there:
+    the gradient of a weight would need it too.
     """
     graph, modules = net.graph, dict(net.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -109,7 +108,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _added(after: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What `after` adds to the node, if that is all it does and no other tensor is written."""
+    """The other operand if `after` is the sum of the node and another tensor, else None."""
     if after.kwargs or len(after.args) != 2 or after.op not in ("call_function", "call_method"):
         return None
     first, second = after.args

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastafd.attacks.pgd import PGD
 
-START = 0.001  # standard deviation of the start's distance from the image, in pixels of [0,1]
+START = 0.001  # standard deviation of the start noise, in pixels of [0,1]
 
 
 @dataclass(frozen=True)
 class KLPGD(PGD):
-    """An l-infinity attack that climbs KL(p(x) || p(x_adv)) from x + 0.001 N(0,1); labels play no part."""
+    """An l-infinity attack that climbs KL(p(x) || p(x_adv)) from x + 0.001 N(0,1). It does not use labels."""
 
     def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         if not self.random_start:
@@ -24,7 +24,7 @@ class KLPGD(PGD):
         return torch.empty_like(like).normal_(0.0, START, generator=generator)
 
     def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
-        """The clean prediction p(x), (B,C): the divergence and the cross-entropy against it have one gradient."""
+        """The clean prediction p(x) (B,C): the divergence and the cross-entropy with p(x) have the same gradient."""
         return logits().softmax(1)
 
     def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:

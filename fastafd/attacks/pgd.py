@@ -29,25 +29,30 @@ class PGD(Ball):
         y: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """x_adv inside the eps-ball around x and inside [0,1].
+        """Attack the images; returns x_adv (B,3,H,W), inside the eps-ball around x and inside [0,1].
 
-        classifier: (B,3,H,W) -> logits (B,C), differentiable; its mode (BatchNorm) is the caller's business.
-        x: (B,3,H,W) in [0,1]; y: (B,) int64. The generator draws the start and lives on x's device.
-        Only the gradient of the input is formed, none of a weight, and nothing but x_adv is kept. Plain PyTorch, on
-        CUDA too: no kernel of fastafd runs.
+        - classifier: maps (B,3,H,W) to logits (B,C); the caller sets its train or eval mode.
+        - x: (B,3,H,W) in [0,1]. y: (B,) int64.
+        - generator: draws the start; it is on x's device.
+
+        Only the gradient of the input is computed, none of a weight. The attack is plain PyTorch, on CUDA too: no
+        kernel of fastafd runs.
         """
         return self.climb(self.ascent(classifier, x, y), x, self.draw(x, generator))
 
     def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        """What to climb along at x_adv, a leaf that requires grad: the gradient of the cross-entropy."""
+        """A function that gives the gradient to climb at x_adv, a leaf that requires grad.
+
+        That of the cross-entropy.
+        """
         return lambda x_adv: input_gradient(classifier, x_adv, y)
 
     def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
-        """What a `Snapshot` climbs away from: the labels. logits: a call gives those of the clean images, (B,C)."""
+        """The target whose cross-entropy a `Snapshot` climbs: the labels. logits(): those of the clean images (B,C)."""
         return y
 
     def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """The start's distance from an image of this shape, type, memory format and device; None without one."""
+        """The start noise, with the shape, type, memory format and device of `like`; None without a random start."""
         return linf_noise(like, self.eps, generator) if self.random_start else None
 
     def climb(
@@ -57,9 +62,10 @@ class PGD(Ball):
         noise: Tensor | None,
         step: Callable[[Tensor, Tensor, Tensor, float, float], object] = linf_step_reference,
     ) -> Tensor:
-        """x_adv from the start x + noise. gradient: (B,3,H,W), a leaf that requires grad -> what to climb along.
+        """x_adv after all steps from the start x + noise (from x if noise is None).
 
-        step: `linf_step`, in plain PyTorch unless the caller names the operation with the kernel.
+        gradient: maps x_adv, a leaf that requires grad, to the direction to climb, (B,3,H,W). step: `linf_step`; in
+        plain PyTorch unless the caller passes the operation with the kernel.
         """
         x = x.detach()
         x_adv = x.clone() if noise is None else x + noise  # not clipped to [0,1], as in the released code
@@ -71,7 +77,7 @@ class PGD(Ball):
 
 
 def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the summed cross-entropy with respect to x_adv, a leaf; only its signs count, so no mean."""
+    """The gradient of the summed cross-entropy with respect to the leaf x_adv. Only its signs count, so no mean."""
     with torch.enable_grad():
         logits = classifier(x_adv)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

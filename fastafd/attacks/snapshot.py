@@ -1,14 +1,13 @@
-"""What an attack needs of a network: its features in eval mode, cheap, and the gradient of the input alone.
+"""A copy of a network for the attack: cheap features in eval mode, and the gradient of the input alone.
 
-Once a step the live weights are written into tensors of the snapshot's own, in the attack's type and channels_last:
+Once a step the network's weights are written into the snapshot's tensors, in the attack's type and channels_last:
 
     convolution, BatchNorm       W' = W gamma / sqrt(var + eps),  shift = beta + (bias - mean) gamma / sqrt(var + eps)
     BatchNorm behind no convolution (pre-activation networks)    one scale and shift a channel
     D1, classifier               W·W_D1, so that PGD reads logits off the pooled features
 
-The pairs are found by torch.fx in any network that it can trace; one that it cannot is copied as it is, in eval mode.
-The shift is added in the network's own type, fp32 as a rule. No weight of a snapshot requires a gradient: none is
-formed.
+torch.fx finds the pairs in any network that it can trace; a network that it cannot trace is copied in eval mode. The
+shift is added in the network's type, usually fp32. No weight of a snapshot requires a gradient, so none is computed.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from fastafd.kernels import attack_head
 
 
 class Snapshot(nn.Module):
-    """An eval-mode view of `backbone` (pooled features) and, with `classifier` and maybe `d1`, of the logits of f1.
+    """A copy of `backbone` (pooled features) in eval mode, and of the logits of f1 if `classifier` (and `d1`) are
+    passed.
 
-    dtype: of weights and activations; float32 or wider keeps the network's own type. `reason` says why the network
-    could not be traced, or is None. `leaf` is the type that images are cast to before anything else is done with them,
-    or None: handed over in it they have the same features, and the same gradient but for its cast. Holds nothing
-    before the first `refresh`.
+    dtype: the type of weights and activations; float32 or wider keeps the network's type. reason: why the network could
+    not be traced; None if it could. leaf: the type that the network casts images to first, or None. Images in that type
+    give the same features, and the same gradient without its cast. The snapshot is empty until the first `refresh`.
     """
 
     d1: Tensor | None
@@ -52,18 +51,18 @@ class Snapshot(nn.Module):
         self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d | None, Folded]] = []
         self._affines: list[tuple[nn.BatchNorm2d, Affine]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
-        own = copy.deepcopy(backbone).eval().requires_grad_(False)
+        net = copy.deepcopy(backbone).eval().requires_grad_(False)
         try:
-            self.net = self._fold(backbone, fx.GraphModule(own, fx.Tracer().trace(own)), dtype)
-        except Exception as error:  # whatever a forward written by somebody else does with a proxy
+            self.net = self._fold(backbone, fx.GraphModule(net, fx.Tracer().trace(net)), dtype)
+        except Exception as error:  # a forward may do anything with torch.fx's proxies
             self.reason = f"torch.fx cannot trace it: {(str(error) or type(error).__name__).splitlines()[0]}"
-            self.net, self.leaf, self.pools, self._folds, self._affines = own, None, False, [], []
+            self.net, self.leaf, self.pools, self._folds, self._affines = net, None, False, [], []
         live: dict[str, Tensor] = {
             **dict(backbone.named_parameters(remove_duplicate=False)),
             **dict(backbone.named_buffers(remove_duplicate=False)),
         }
         for name, tensor in [*self.net.named_parameters(), *self.net.named_buffers()]:
-            if name in live:  # else it is folded, or a constant of the trace
+            if name in live:  # the others are folded, or constants of the trace
                 self._copies.append((tensor, live[name]))
 
         self._heads: tuple[nn.Linear, nn.Linear | None] | None = None
@@ -77,7 +76,7 @@ class Snapshot(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the live weights and statistics, in place."""
+        """Copy the network's current weights and statistics into the snapshot, in place."""
         for conv, norm, folded in self._folds:
             if norm is None:
                 folded.conv.weight.copy_(conv.weight)
@@ -92,8 +91,8 @@ class Snapshot(nn.Module):
             scale, shift = scale_and_shift(norm)
             affine.scale.copy_(scale)
             affine.shift.copy_(shift)
-        for own, live in self._copies:
-            own.copy_(live)
+        for copied, live in self._copies:
+            copied.copy_(live)
         if self._heads is not None:
             classifier, d1 = self._heads
             if d1 is None or self.d1 is None:
@@ -105,11 +104,14 @@ class Snapshot(nn.Module):
                 self.bias.copy_(classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,3,H,W) in [0,1] -> the last ReLU's input (B,D,h,w) if `pools`, else pooled features (B,D)."""
+        """From images (B,3,H,W) in [0,1].
+
+        The input of the last ReLU (B,D,h,w) if `pools`, else pooled features (B,D).
+        """
         return self.net(x)
 
     def features(self, x: Tensor) -> Tensor:
-        """The pooled features g(x): (B,3,H,W) in, (B,D) out."""
+        """The pooled features g(x) (B,D) of images (B,3,H,W)."""
         out = self(x)
         return out.relu().mean((2, 3)) if self.pools else out
 
@@ -120,17 +122,17 @@ class Snapshot(nn.Module):
         return features if self.d1 is None else F.linear(features, self.d1.to(features.dtype)), logits
 
     def gradient(self, x_adv: Tensor, target: Tensor) -> Tensor:
-        """The gradient of the summed cross-entropy of f1's logits: (B,3,H,W), which requires grad -> the same shape.
+        """The gradient (B,3,H,W) of the summed cross-entropy of f1's logits at x_adv, which requires grad.
 
-        target: labels (B,) int64, or probabilities (B,C). Source: Eq. 2 of the AFD paper. Only the signs of the
-        gradient matter to PGD.
+        target: labels (B,) int64, or probabilities (B,C). PGD uses only the signs of the gradient.
+        Source: Eq. 2 of the AFD paper.
         """
         before = self(x_adv)
         (grad,) = torch.autograd.grad(before, x_adv, self._slope(before.detach(), target))
         return grad
 
     def _slope(self, before: Tensor, target: Tensor) -> Tensor:
-        """The gradient with respect to what `forward` returns."""
+        """The gradient with respect to the result of `forward`."""
         if not target.is_floating_point():
             return attack_head(before, target, self.weight, self.bias)
         pooled = before.relu().mean((2, 3)) if self.pools else before
@@ -148,7 +150,7 @@ class Snapshot(nn.Module):
         read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
 
         def plain(node: fx.Node, kind: type[nn.Module]) -> bool:
-            """Whether the node calls a module of just this kind, of one operand, that nothing else looks into."""
+            """True if the node calls a module of exactly this class on one operand, and nothing else reads its weights."""
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             hooked = type(module) is kind and (module._forward_hooks or module._forward_pre_hooks)
             looked_at = any(name.startswith(f"{node.target}.") for name in read)
@@ -203,7 +205,7 @@ class Snapshot(nn.Module):
 
 
 class Affine(nn.Module):
-    """A BatchNorm with fixed statistics: a scale and a shift for each channel, in their own type."""
+    """A BatchNorm with fixed statistics: a scale and a shift for each channel, in the network's type."""
 
     scale: Tensor
     shift: Tensor
@@ -219,7 +221,7 @@ class Affine(nn.Module):
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """a and b of eval-mode BatchNorm as a x + b, each (C,)."""
+    """The a and b (C,) of a BatchNorm in eval mode, which computes a x + b."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
@@ -228,7 +230,7 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The ReLU whose global average pool is the graph's output, if it is."""
+    """The ReLU whose global average pool is the graph's output; None if the graph ends differently."""
     outputs = next(node for node in graph.nodes if node.op == "output").all_input_nodes
     if len(outputs) != 1:
         return None
@@ -246,6 +248,7 @@ def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None
 
 
 def _pools(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """True if the node is a global average pool."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))

@@ -1,4 +1,4 @@
-"""The l-infinity threat model: where an attack starts. How it steps is in `fastafd.kernels.linf_step`.
+"""The l-infinity threat model: the ball and the start noise. `fastafd.kernels.linf_step` has the steps.
 
 Pixels are in [0,1] everywhere outside the model; eps and step sizes are in the same unit.
 """
@@ -15,7 +15,7 @@ from fastafd.settings import check, pixels, setting
 
 @dataclass(frozen=True)
 class Ball:
-    """The l-infinity ball alone, for a method that moves in it in a way of its own."""
+    """The l-infinity ball alone, for a method that makes its attacked images itself."""
 
     eps: float = setting(
         8 / 255, "radius of the l-infinity ball, in pixels of [0,1]; a fraction such as 8/255 too", pixels

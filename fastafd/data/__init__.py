@@ -1,4 +1,4 @@
-"""Data: sources of uint8 images, the .beton cache, three loaders that deliver the same batches, and augmentation."""
+"""Data sets of uint8 images, the .beton cache, three loaders that deliver the same batches, and augmentation."""
 
 from fastafd.data.augment import Augment, to_unit
 from fastafd.data.beton import ensure_beton

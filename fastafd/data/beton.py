@@ -1,8 +1,8 @@
 """The .beton cache: a split's uint8 images in FFCV's file format, written once and checked before each use.
 
-The file is made by FFCV's DatasetWriter, but in this process: its worker processes leave the writer waiting for ever
-when one of them fails (a full disk, a corrupt image). A raw copy of pixels is fast enough without them, and one
-writer makes the same bytes each time.
+FFCV's DatasetWriter writes the file, but in this process: if one of its worker processes fails (a full disk, a corrupt
+image), the writer waits for ever. Copying raw pixels is fast enough without workers, and one writer makes the same
+bytes each time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,19 +18,19 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from fastafd.console import Bar, Console
 from fastafd.data.splits import Split
 from fastafd.files import save_text
 from fastafd.settings import RunError
 
 Report = Callable[[str], None]
 BLOCK = 256  # images decoded at a time while writing
-LINE_EVERY_S = 10.0  # progress lines where there is no terminal
 
 
 def import_ffcv() -> ModuleType:
-    """FFCV, kept from changing torch's thread count: it sets it to 1 on import, and again from its loader thread.
+    """Import FFCV and prevent it from setting torch's thread count to 1, on import and again in its loader thread.
 
-    Raises whatever the import raises; a shared library that is absent is an OSError or an ImportError.
+    Raises whatever the import raises: OSError or ImportError if a shared library is missing.
     """
     import torch
 
@@ -51,11 +50,11 @@ def import_ffcv() -> ModuleType:
 
 
 def ensure_beton(split: Split, name: str, folder: Path, report: Report) -> Path:
-    """The .beton file of `split` in `folder`, `<name>-<fingerprint>.beton`; written, or rebuilt, where it is not sound.
+    """The .beton file of `split` in `folder`, `<name>-<fingerprint>.beton`; it is written if it does not exist.
 
-    A file whose size, header or content is not what its side file (.json) says is rebuilt, and one line says so.
-    Raises RunError when the folder cannot be written (a full disk), and UsageError when a source image cannot be read;
-    neither leaves anything behind.
+    If its size, header or content differs from its side file (.json), it is rebuilt, and one line says so.
+    Raises RunError if the folder cannot be written (a full disk), UsageError if a source image cannot be read; neither
+    leaves a file behind.
     """
     folder = Path(folder).expanduser()
     path = folder / f"{name}-{split.fingerprint[:12]}.beton"
@@ -69,7 +68,9 @@ def ensure_beton(split: Split, name: str, folder: Path, report: Report) -> Path:
         if path.exists():
             report(f"{path.name}: {fault}; rebuilding it from its source")
         elif others:
-            report(f"{path.name}: the source is not that of {others[-1]} (other images or size); writing a new file")
+            report(
+                f"{path.name}: the source differs from that of {others[-1]} (other images or size); writing a new file"
+            )
         write(split, path, side, report)
     except OSError as error:
         raise RunError(
@@ -80,29 +81,32 @@ def ensure_beton(split: Split, name: str, folder: Path, report: Report) -> Path:
 
 
 def find_fault(path: Path, side: Path, split: Split) -> str | None:
-    """What is wrong with a .beton file, by its side file, or None; a file that was only touched or copied is sound."""
+    """How a .beton file differs from its side file; None if it does not. Touching or copying the file is no fault."""
     if not path.exists():
-        return "it is not there"
+        return "it does not exist"
     try:
         written = json.loads(side.read_text())
-        found = describe(path, split)
+        described = describe(path, split)
     except (OSError, ValueError) as error:
         return f"it cannot be checked ({error})"
     if not isinstance(written, dict):
-        return "its side file is no JSON object"
-    for key, value in found.items():
+        return "its side file is not a JSON object"
+    for key, value in described.items():
         if key != "mtime_ns" and written.get(key) != value:
             return f"{key} is {value}, was {written.get(key)} when written"
-    if written.get("mtime_ns") != found["mtime_ns"]:
-        # Copied, touched, or written by two processes at once (their bytes are the same): the content decides.
+    if written.get("mtime_ns") != described["mtime_ns"]:
+        # The file was copied, touched, or written by two processes at once, whose bytes are equal: compare the content.
         if sha256(path) != written.get("sha256"):
             return "its content changed since it was written"
-        save_text(side, json.dumps(written | found, indent=1))
+        save_text(side, json.dumps(written | described, indent=1))
     return None
 
 
 def describe(path: Path, split: Split) -> dict[str, int | str]:
-    """What can be known of a .beton file without reading it through; ValueError if it has no header of this version."""
+    """The facts about a .beton file that need no reading of all of it.
+
+    ValueError if it has no header of this version.
+    """
     from ffcv.types import CURRENT_VERSION, HeaderType
 
     stat = path.stat()
@@ -122,7 +126,7 @@ def describe(path: Path, split: Split) -> dict[str, int | str]:
 
 
 def write(split: Split, path: Path, side: Path, report: Report) -> None:
-    """Write the file and its side file under names of this call alone, then move both into place."""
+    """Write the file and its side file under temporary names, then move both into place."""
     import_ffcv()
     from ffcv.fields import IntField, RGBImageField
 
@@ -130,11 +134,11 @@ def write(split: Split, path: Path, side: Path, report: Report) -> None:
     started = time.perf_counter()
     try:
         image_bytes = 3 * split.image_size**2
-        # A page holds whole images: 8 MiB is FFCV's default, the next power of two where an image is larger.
+        # A page holds whole images: 8 MiB, FFCV's default, or the next power of two if an image is larger.
         page_size = max(1 << 23, 1 << (image_bytes - 1).bit_length())
         fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-        samples = with_progress(read_samples(split), len(split), f"writing {path.name}", report)
-        write_samples(temporary, fields, page_size, samples, len(split))
+        with Bar(Console(), f"writing {path.name}", len(split)) as bar:
+            write_samples(temporary, fields, page_size, read_samples(split, bar), len(split))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         described = describe(temporary, split) | {"sha256": sha256(temporary)}
@@ -149,7 +153,7 @@ def write(split: Split, path: Path, side: Path, report: Report) -> None:
 def write_samples(
     path: Path, fields: dict[str, object], page_size: int, samples: Iterator[tuple[np.ndarray, int]], count: int
 ) -> None:
-    """What DatasetWriter.from_indexed_dataset does, with its own parts, one after the other in this process."""
+    """Do the work of DatasetWriter.from_indexed_dataset with FFCV's parts, one after the other in this process."""
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.types import ALLOC_TABLE_TYPE
     from ffcv.writer import DatasetWriter, handle_sample
@@ -157,7 +161,7 @@ def write_samples(
     writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=1)
     writer.num_samples = count
     writer.prepare()
-    writer.metadata_sm.close()  # memory shared between workers: there are none
+    writer.metadata_sm.close()  # shared memory for workers, which do not exist here
     writer.metadata_sm.unlink()
     metadata = np.zeros(count, dtype=writer.metadata_type)
     allocator = MemoryAllocator(str(path), writer.data_region_start, page_size)
@@ -167,36 +171,22 @@ def write_samples(
             handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
         allocator.flush_page()
     finally:
-        allocator.fp.close()  # not __exit__: after a failed write it would write the page again
+        allocator.fp.close()  # __exit__ would write the page again after a failed write
     writer.metadata_sm = SimpleNamespace(buf=metadata.tobytes())
     writer.finalize(allocator.allocations)
 
-    # FFCV does not look at how many bytes a write took: on a disk that fills up, a page may be cut short unnoticed.
+    # FFCV does not check how many bytes a write took, so on a full disk a page may be cut short.
     expected = allocator.offset + allocator.next_page_written.value * page_size + count * ALLOC_TABLE_TYPE.itemsize
     if path.stat().st_size != expected:
-        raise OSError(f"{path.stat().st_size} bytes arrived of {expected}: the disk is probably full")
+        raise OSError(f"{path.stat().st_size} bytes of {expected} were written: the disk is probably full")
 
 
-def read_samples(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+def read_samples(split: Split, bar: Bar) -> Iterator[tuple[np.ndarray, int]]:
+    """The images, uint8 (H,W,3), with their labels, in order; the bar advances with each block."""
     for start in range(0, len(split), BLOCK):
         block = np.arange(start, min(start + BLOCK, len(split)))
         yield from zip(split.images(block), split.labels[block], strict=True)
-
-
-def with_progress(samples: Iterator, count: int, title: str, report: Report) -> Iterator:
-    """Pass `samples` on, showing how far they are: a bar on a terminal, elsewhere a line every ten seconds."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(samples, title, total=count, console=Console(stderr=True), transient=True)
-        return
-    last = time.perf_counter()
-    for done, sample in enumerate(samples):
-        if time.perf_counter() - last > LINE_EVERY_S:
-            last = time.perf_counter()
-            report(f"{title}: {done} of {count} images")
-        yield sample
+        bar.advance(len(block))
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Three loaders that deliver the same batches: from FFCV, from a copy on the device, from a plain DataLoader.
+"""Three loaders that deliver the same batches: with FFCV, from a copy on the device, or with PyTorch's DataLoader.
 
-A batch is (uint8 (B,H,W,3), int64 (B,)) on the device. The order is ours, a pure function of seed and epoch, and the
-loaders do no augmentation, so that the choice of loader changes nothing but the speed.
+A batch is (images, uint8 (B,H,W,3); labels, int64 (B,)), both on the device. The order is a pure function of seed and
+epoch, and no loader augments, so the choice of the loader changes the speed and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Loader:
-    """Batches of a split in `epoch_order`; `kind` names the way they come, `len` is the number of batches an epoch."""
+    """Delivers the batches of a split in `epoch_order`. `len(loader)` is the number of batches in an epoch."""
 
     kind: str
 
@@ -45,9 +45,9 @@ class Loader:
         return self.batches
 
     def epoch(self, epoch: int, start: int = 0) -> Batches:
-        """The batches of an epoch from number `start` on: uint8 (B,H,W,3) contiguous and int64 (B,), on the device.
+        """The batches of an epoch from batch `start` on: uint8 (B,H,W,3), contiguous, and int64 (B,), on the device.
 
-        Closing the iterator early frees its threads and buffers. Raises ValueError for a start outside 0..len.
+        Close the iterator to free its threads and buffers early. Raises ValueError for a start outside 0..len.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start is {start}, takes 0..{len(self)}")
@@ -55,6 +55,7 @@ class Loader:
         return self.deliver(order[start * self.batch_size : len(self) * self.batch_size])
 
     def deliver(self, order: np.ndarray) -> Batches:
+        """The batches of the images with the indices `order`."""
         raise NotImplementedError
 
 
@@ -70,11 +71,11 @@ def make_loader(
     report: Report,
     drop_last: bool = True,
 ) -> Loader:
-    """A loader of `split`: ffcv (a .beton called `name` in `cache`), resident (a copy on `device`) or torch.
+    """A loader of `split`: "ffcv" (a .beton called `name` in `cache`), "resident" (a copy on `device`) or "torch".
 
-    Where FFCV cannot be imported, `report` gets a line that says why and the loader is resident. Raises UsageError for
-    an unknown kind and for a batch larger than the split, RunError when a .beton cannot be written or a copy does not
-    fit on the device.
+    If FFCV cannot be imported, the loader is resident, and `report` gets a line that says why. drop_last: False also
+    delivers the last batch if it is smaller. Raises UsageError for an unknown kind and for a batch larger than the
+    split, RunError if a .beton cannot be written or a copy does not fit on the device.
     """
     if kind not in LOADERS:
         raise unknown("loader", kind, LOADERS)
@@ -98,7 +99,7 @@ def make_loader(
 
 
 class ResidentLoader(Loader):
-    """The whole split on the device (150 MB for CIFAR-10), a batch is one index_select."""
+    """Keeps the whole split on the device (150 MB for CIFAR-10); a batch is one index_select."""
 
     kind = "resident"
 
@@ -124,7 +125,7 @@ class ResidentLoader(Loader):
 
 
 class BatchDataset(torch.utils.data.Dataset):
-    """A split for DataLoader, which hands `__getitems__` the indices of a whole batch."""
+    """A split for DataLoader, which calls `__getitems__` with the indices of a whole batch."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -137,12 +138,13 @@ class BatchDataset(torch.utils.data.Dataset):
         return torch.from_numpy(self.split.images(batch)), torch.from_numpy(self.split.labels[batch])
 
 
-def as_it_is(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """The collate function of a data set that returns whole batches."""
     return batch
 
 
 class TorchLoader(Loader):
-    """A plain DataLoader, without workers: a folder split decodes in threads, and an error keeps its one line."""
+    """PyTorch's DataLoader without workers: a folder split decodes in threads, and errors keep their one line."""
 
     kind = "torch"
 
@@ -154,9 +156,9 @@ class TorchLoader(Loader):
         loader = torch.utils.data.DataLoader(
             self.dataset,
             batch_sampler=[order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)],
-            collate_fn=as_it_is,
+            collate_fn=unchanged,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else each epoch draws from the global generator, unlike the other loaders
+            generator=torch.Generator(),  # without it, each epoch would draw from the global generator
         )
         for x, y in loader:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -166,10 +168,10 @@ class TorchLoader(Loader):
 
 
 class FfcvLoader(Loader):
-    """FFCV reading raw uint8 from a memory-mapped .beton, one thread ahead of the training.
+    """FFCV, which reads raw uint8 images from a memory-mapped .beton in a thread ahead of the training.
 
-    FFCV's Loader is used for its compiled pipeline; each epoch's iterator is made here, from our order, since the
-    Loader's own leaks a thread when an epoch is broken off (libffcv/ffcv#345).
+    FFCV's Loader compiles the pipeline. The iterator of an epoch is made here, in `epoch_order`, because the Loader's
+    iterator leaks a thread if an epoch is stopped early (libffcv/ffcv#345).
     """
 
     kind = "ffcv"
@@ -184,11 +186,11 @@ class FfcvLoader(Loader):
         self.loader = ffcv.Loader(
             str(beton),
             batch_size=self.batch_size,
-            # Raw images are a copy each, which one thread does well; more would need numba's parallel back ends,
-            # which do not survive a fork or two loaders at once.
+            # One thread is enough to copy raw images. More threads need numba's parallel back ends, which fail after
+            # a fork or with two loaders at once.
             num_workers=1,
-            os_cache=True,  # the operating system's page cache: processes on one machine share it
-            seed=0,  # unused, but None would draw from numpy's global generator
+            os_cache=True,  # use the page cache, which all processes on the machine share
+            seed=0,  # not used; None would draw from numpy's global generator
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
         )
@@ -199,22 +201,22 @@ class FfcvLoader(Loader):
         iterator = self.iterator(self.loader, order.astype(np.uint64))
         try:
             for x, y in iterator:
-                yield self.own(x), self.own(y.view(-1))
+                yield self.copied(x), self.copied(y.view(-1))
             if iterator.error is not None:
                 raise RunError(f"loader: ffcv failed ({first_line(iterator.error)}); take resident") from iterator.error
         finally:
             iterator.stop()
 
-    def own(self, lent: Tensor) -> Tensor:
-        """A copy on the device of a tensor in one of FFCV's buffers, which the next batches overwrite."""
+    def copied(self, buffer: Tensor) -> Tensor:
+        """A copy on the device of one of FFCV's buffers, which later batches overwrite."""
         if self.device.type != "cuda":
-            return lent.clone().to(self.device)
-        # Through pinned memory of torch's own, which is not reused before the asynchronous copy is done.
-        return torch.empty_like(lent, pin_memory=True).copy_(lent).to(self.device, non_blocking=True)
+            return buffer.clone().to(self.device)
+        # Copy through torch's pinned memory, which is not reused before the asynchronous copy is done.
+        return torch.empty_like(buffer, pin_memory=True).copy_(buffer).to(self.device, non_blocking=True)
 
 
 def closing_iterator() -> Callable[..., Any]:
-    """FFCV's EpochIterator, a thread, with an end: when it is stopped early, and when its pipeline fails."""
+    """A subclass of FFCV's EpochIterator, a thread, that also ends if it is stopped early or if its pipeline fails."""
     from ffcv.loader.epoch_iterator import EpochIterator
 
     class ClosingIterator(EpochIterator):
@@ -223,12 +225,12 @@ def closing_iterator() -> Callable[..., Any]:
         def run(self) -> None:
             try:
                 super().run()
-            except BaseException as error:  # without the None, the consumer would wait for ever
+            except BaseException as error:  # the None ends the consumer's wait
                 self.error = error
                 self.output_queue.put(None)
 
         def stop(self) -> None:
-            """End the thread: give it no more to read, and take what it may be waiting to hand over."""
+            """End the thread: give it nothing more to read, and take the batches that it is waiting to hand over."""
             self.iter_ixes = iter(())
             self.close()
             while self.is_alive():

@@ -31,13 +31,13 @@ CIFAR100_CLASSES = tuple(  # the fine labels
     wardrobe whale willow_tree wolf woman worm""".split()
 )
 TINY_IMAGENET_CLASSES = 200
-DIGITS_SEED = 0  # of the train/test cut: a constant, so that every run and every user has the same test images
+DIGITS_SEED = 0  # of the train/test split; a constant, so that every user has the same test images
 DIGITS_TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as the recipes see it: `padding` of the crop in pixels, `flip` whether mirroring keeps the class."""
+    """A data set. padding: of the random crop, in pixels. flip: True if mirroring an image keeps its class."""
 
     name: str
     classes: tuple[str, ...]
@@ -49,11 +49,13 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: Path, image_size: int | None = None, download: bool = True) -> Dataset:
-    """The data set `name` of DATASETS, from `data_dir`: its published layout or a tree train/<class>, test|val/<class>.
+    """The data set `name` of DATASETS, from `data_dir`: its published layout, or a tree train/<class>,
+    test|val/<class>.
 
-    Labels follow the published class order in either layout. `image_size` (pixels) is for imagefolder alone: each
-    image's shorter side is resized to it and the centre is cut out. Raises UsageError, in one line, for an unknown
-    name, a failed download, a missing, stray or empty class, and an unreadable image or one of the wrong size.
+    Labels follow the published class order in both layouts. image_size: for imagefolder alone; the shorter side of each
+    image is resized to so many pixels, and the centre is cut out. download: False never downloads.
+    Raises UsageError for an unknown name, a failed download, a missing, unknown or empty class, and an image that
+    cannot be read or has the wrong size.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
@@ -75,7 +77,7 @@ Loaded = tuple[Sequence[str], Split, Split]
 
 
 def load_cifar(classes: tuple[str, ...], data_dir: Path, image_size: int | None, download: bool) -> Loaded:
-    """CIFAR-10 or CIFAR-100 (by the number of classes) from a folder tree, else through torchvision."""
+    """CIFAR-10 or CIFAR-100 (the number of classes decides), from a folder tree or else through torchvision."""
     if (data_dir / "train").is_dir():
         return read_tree(data_dir, classes, image_size)
     from torchvision import datasets
@@ -83,19 +85,19 @@ def load_cifar(classes: tuple[str, ...], data_dir: Path, image_size: int | None,
     kind = datasets.CIFAR10 if len(classes) == 10 else datasets.CIFAR100
     try:
         train, test = (kind(data_dir, train=part, download=download) for part in (True, False))
-    except Exception as error:  # no network, a proxy's HTML page, a wrong checksum, a torn pickle: one remedy for all
+    except Exception as error:  # no network, a wrong checksum, a broken pickle: the remedy is the same
         reason = f"the download failed: {first_line(error)}" if download else "downloading is off"
         raise UsageError(
             f"data_dir: {data_dir} holds no readable {kind.__name__} ({reason}); it may hold {kind.base_folder}/ as "
             "published, or train/<class>/*.png and test/<class>/*.png"
         ) from error
     if tuple(train.classes) != classes:
-        raise UsageError(f"data_dir: {data_dir}/{kind.base_folder} is no {kind.__name__}: its class names differ")
+        raise UsageError(f"data_dir: {data_dir}/{kind.base_folder} is not {kind.__name__}: its class names differ")
     return classes, ArraySplit(train.data, train.targets), ArraySplit(test.data, test.targets)
 
 
 def load_tiny_imagenet(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
-    """Tiny-ImageNet as Stanford ships it, or a folder tree; wnids.txt, where there is one, names the classes."""
+    """Tiny-ImageNet as Stanford ships it, or a folder tree; wnids.txt names the classes if it exists."""
     inner = data_dir / "tiny-imagenet-200"
     root = inner if inner.is_dir() else data_dir
     if not (root / "train").is_dir():
@@ -119,7 +121,7 @@ def load_tiny_imagenet(data_dir: Path, image_size: int | None, download: bool) -
 
 
 def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
-    """Any tree train/<class>, test|val/<class>, its classes in the order of their names."""
+    """Any tree train/<class>, test|val/<class>; classes are sorted by name."""
     if not (data_dir / "train").is_dir():
         raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
     classes = folder_names(data_dir / "train")
@@ -129,15 +131,15 @@ def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> 
 
 
 def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
-    """scikit-learn's 8x8 digits as 32x32 RGB; 20 % of each class, by a fixed draw, are the test images."""
+    """scikit-learn's 8x8 digits as 32x32 RGB images; a fixed draw of 20 % of each class is the test split."""
     classes = tuple("0123456789")
     if (data_dir / "train").is_dir() and set(classes) & set(folder_names(data_dir / "train")):
-        return read_tree(data_dir, classes, image_size)  # not just any tree that lies in the default folder
+        return read_tree(data_dir, classes, image_size)  # only a tree of digits, not any tree in the default folder
     import torch
 
     try:
         from sklearn import datasets
-    except ImportError as error:  # an offline bundle is without it
+    except ImportError as error:  # an offline bundle does not contain it
         raise UsageError(
             f"dataset: digits comes with scikit-learn, which cannot be imported ({first_line(error)}); add it, take "
             "another data set, or name a tree of digits with --data-dir"
@@ -146,7 +148,7 @@ def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loade
     digits = datasets.load_digits()
     small = torch.from_numpy(digits.images).float()[:, None]  # (N,1,8,8) in 0..16
     large = torch.nn.functional.interpolate(small, size=image_size, mode="bilinear", align_corners=False)
-    # Exact in fp32 up to the rounding (the weights are multiples of 1/64), so the pixels agree on every machine.
+    # The interpolation is exact in fp32 (its weights are multiples of 1/64), so the pixels agree on every machine.
     pixels = (large * 255 / 16).round().to(torch.uint8)
     images = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
     rng = np.random.default_rng(DIGITS_SEED)
@@ -160,7 +162,7 @@ def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loade
 
 @dataclass(frozen=True)
 class Source:
-    """How a named data set is loaded, its image size in pixels (None: the images say), whether it may be mirrored."""
+    """How a named data set is loaded. image_size: in pixels; None takes that of the images. flip: see `Dataset`."""
 
     load: Callable[[Path, int | None, bool], Loaded]
     image_size: int | None
@@ -173,7 +175,7 @@ DATASETS = MappingProxyType(
         "cifar100": Source(functools.partial(load_cifar, CIFAR100_CLASSES), 32),
         "tiny-imagenet": Source(load_tiny_imagenet, 64),
         "imagefolder": Source(load_imagefolder, None),
-        "digits": Source(load_digits, 32, flip=False),  # a mirrored digit is another sign
+        "digits": Source(load_digits, 32, flip=False),  # a mirrored digit is not that digit
     }
 )
 
@@ -184,11 +186,11 @@ Members = tuple[list[str], list[int]]  # paths relative to the root, labels
 
 
 def read_tree(root: Path, classes: Sequence[str], image_size: int | None, resize: bool = False) -> Loaded:
-    """The splits of a tree train/<class>, test|val/<class>, labelled in the order of `classes`."""
+    """The splits of a tree train/<class>, test|val/<class>; labels follow the order of `classes`."""
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not tests:
         raise UsageError(f"data_dir: {root} has no folder test or val beside train")
-    # ImageNet and Tiny-ImageNet come with a test folder of unlabelled images: the one with classes in it is meant.
+    # ImageNet and Tiny-ImageNet have a test folder of unlabelled images; take the folder that contains classes.
     test = next((name for name in tests if set(classes) & set(folder_names(root / name))), tests[0])
     members = read_classes(root, "train", classes), read_classes(root, test, classes)
     return classes, *folder_splits(root, classes, *members, image_size, resize)
@@ -196,13 +198,13 @@ def read_tree(root: Path, classes: Sequence[str], image_size: int | None, resize
 
 def read_classes(root: Path, part: str, classes: Sequence[str]) -> Members:
     """The image files of root/part/<class>, class by class, each class sorted by path."""
-    found = folder_names(root / part)
-    missing = [name for name in classes if name not in found]
-    stray = [name for name in found if name not in set(classes)]
+    folders = folder_names(root / part)
+    missing = [name for name in classes if name not in folders]
+    stray = [name for name in folders if name not in set(classes)]
     if missing:
         raise UsageError(f"data_dir: {root / part} has no folder for the class {missing[0]!r}{and_more(missing)}")
     if stray:
-        raise UsageError(f"data_dir: {root / part / stray[0]} is no class of this data set{and_more(stray)}")
+        raise UsageError(f"data_dir: {root / part / stray[0]} is not a class of this data set{and_more(stray)}")
     if not classes:
         raise UsageError(f"data_dir: {root / part} has no class folders")
     paths: list[str] = []
@@ -243,7 +245,7 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
 def folder_splits(
     root: Path, classes: Sequence[str], train: Members, test: Members, image_size: int | None, resize: bool
 ) -> tuple[FolderSplit, FolderSplit]:
-    """Two splits of one image size: the one given, else that of the first training image, which must be square."""
+    """Two splits of the same image size: image_size, or that of the first training image, which must be square."""
     if image_size is None:
         width, height = read_size(root / train[0][0])
         if width != height:
@@ -257,25 +259,27 @@ def folder_splits(
         FolderSplit(root, *test, classes, image_size, resize),
     )
     for split in splits:
-        # One image of each class is opened now: a tree of the wrong size fails here, before anything is trained.
-        # The others are checked as they are decoded.
+        # Open one image of each class now, so that a tree of the wrong size fails before the training. All other images
+        # are checked when they are decoded.
         for i in np.unique(split.labels, return_index=True)[1]:
             split.image(i)
     return splits
 
 
 def folder_names(folder: Path) -> list[str]:
+    """The sorted names of the folders in a folder, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_files(root: Path, folder: Path) -> list[str]:
-    """Image files at any depth below `folder`, as sorted paths relative to `root`; hidden files are no images."""
-    found = []
+    """The image files at any depth below `folder`, as sorted paths relative to `root`; hidden files do not count."""
+    paths = []
     for base, _, files in os.walk(folder, followlinks=True):
         place = Path(base).relative_to(root).as_posix()
-        found += [f"{place}/{f}" for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return sorted(found)
+        paths += [f"{place}/{f}" for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return sorted(paths)
 
 
-def and_more(found: Sequence[object]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+def and_more(items: Sequence[object]) -> str:
+    """The end of a message that names the first of several items."""
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

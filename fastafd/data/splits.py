@@ -1,4 +1,4 @@
-"""Labelled images: a split in memory, and a split decoded from files on demand, which names the file that is wrong."""
+"""Labelled images: a split in memory, and a split that decodes files on demand and names a file that it cannot read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastafd.settings import UsageError
 
 
 class Split:
-    """Labelled images of one square size: `labels` int64 (N,), `image_size` in pixels, and a `fingerprint`."""
+    """Labelled square images of one size. labels: int64 (N,). image_size: in pixels."""
 
     labels: np.ndarray
     image_size: int
@@ -24,11 +24,11 @@ class Split:
         return len(self.labels)
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i`, uint8 (H,W,3); UsageError if its file cannot be read or has another size."""
+        """Image `i`, uint8 (H,W,3). UsageError if its file cannot be read or has another size."""
         raise NotImplementedError
 
     def images(self, indices: np.ndarray | None = None) -> np.ndarray:
-        """The images at `indices` (all if None), uint8 (N,H,W,3); UsageError as for `image`."""
+        """The images at `indices` (all if None), uint8 (N,H,W,3). UsageError as for `image`."""
         raise NotImplementedError
 
     @property
@@ -38,7 +38,10 @@ class Split:
 
     @property
     def identity(self) -> str:
-        """Like `fingerprint`, but the same for a copy of the files: whether a run may go on with them."""
+        """Like `fingerprint`, but equal for a copy of the files.
+
+        A run may be resumed with data of the same identity.
+        """
         return self.fingerprint
 
     def check_labels(self, classes: int) -> None:
@@ -50,7 +53,7 @@ class Split:
 
 
 class ArraySplit(Split):
-    """A split held in memory: images uint8 (N,H,W,3), labels (N,)."""
+    """A split in memory. images: uint8 (N,H,W,3). labels: (N,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         self.array = np.ascontiguousarray(images, dtype=np.uint8)
@@ -72,7 +75,10 @@ class ArraySplit(Split):
 
 
 class FolderSplit(Split):
-    """A split decoded from files on demand; `resize` brings other sizes to image_size, else they are errors."""
+    """A split that decodes files on demand.
+
+    Resize: True resizes images of another size, False raises an error for them.
+    """
 
     def __init__(
         self, root: Path, paths: list[str], labels: Sequence[int], classes: Sequence[str], image_size: int, resize: bool
@@ -95,12 +101,12 @@ class FolderSplit(Split):
             for place in range(start, min(start + 64, len(indices))):
                 out[place] = self.image(indices[place])
 
-        # Threads, not processes: Pillow releases the interpreter lock while it decodes.
+        # Threads are enough: Pillow releases the interpreter lock while it decodes.
         with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
             try:
                 list(pool.map(decode, range(0, len(indices), 64)))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # else the error waits for every image that is still queued
+                pool.shutdown(cancel_futures=True)  # without it, the error would wait for all queued images
                 raise
         return out
 
@@ -113,7 +119,7 @@ class FolderSplit(Split):
         return self.digest(times=False)
 
     def digest(self, times: bool) -> str:
-        """SHA-256 over the files' names, labels and sizes, and over their modification times."""
+        """SHA-256 of the files' names, labels and sizes, and with `times` of their modification times."""
         digest = hashlib.sha256(repr((self.classes, self.image_size, self.resize)).encode())
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
@@ -126,7 +132,7 @@ class FolderSplit(Split):
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image in pixels, from its header."""
+    """The width and height of an image in pixels, read from its header."""
     from PIL import Image
 
     try:
@@ -137,7 +143,10 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
-    """An image file as uint8 (size,size,3); UsageError if it cannot be read, or has another size without `resize`."""
+    """An image file as uint8 (size,size,3).
+
+    UsageError if it cannot be read, or has another size and `resize` is False.
+    """
     from PIL import Image
 
     try:
@@ -146,7 +155,7 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
             image = file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
         raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
-    if mode.startswith("I") or mode == "F":  # Pillow would clip these to white
+    if mode.startswith("I") or mode == "F":  # Pillow would clip their pixels to white
         raise UsageError(f"data_dir: {path} has pixels of more than 8 bits (mode {mode}), takes 8-bit images")
     if image.size == (size, size):
         return np.asarray(image)
@@ -163,20 +172,22 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def balanced_draw(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
-    """Indices of `n` images (None or more than there are: all), classes as equal as they can be, sorted.
+    """The sorted indices of `n` random images (all if n is None or too large), with classes of sizes as equal as
+    possible.
 
-    A smaller draw of the same seed lies within a larger one. Image trees are sorted by class, so the first n images
-    would be one class.
+    A smaller draw of the same seed is part of a larger one. Taking the first n images would not do: image trees are
+    sorted by class.
     """
     if n is None or n >= len(labels):
         return np.arange(len(labels))
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # of an image within its class, in shuffled order
+    rank = np.empty(len(labels), dtype=np.int64)  # an image's position within its class, in shuffled order
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         rank[members] = np.arange(len(members))

@@ -1,4 +1,4 @@
-"""The classifiers, by name, and the disentangler that goes before their last linear layer."""
+"""Classifiers by name, and the disentangler that is put before their last linear layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, inside the model, so that eps always has the meaning of pixels in [0,1]."""
+    """(x - mean) / std for each channel. It is part of the model, so that eps is always in pixels of [0,1]."""
 
     mean: Tensor
     std: Tensor
@@ -62,7 +62,7 @@ class Normalize(nn.Module):
 
 
 def check_model(arch: str, normalize: str) -> None:
-    """UsageError, with the nearest name, for a classifier or a normalisation that cannot be built."""
+    """Raise UsageError, with the most similar name, for a classifier or a normalisation that cannot be built."""
     wide = re.fullmatch(r"wrn(\d+)_(\d+)", arch)
     if wide and (int(wide[1]) < 10 or (int(wide[1]) - 4) % 6 or int(wide[2]) < 1):
         raise UsageError(f"arch: got {arch!r}, takes wrnN_K with depth N = 6n + 4 (10, 16, 22, 28, 34, …), K >= 1")
@@ -73,10 +73,10 @@ def check_model(arch: str, normalize: str) -> None:
 
 
 def build_model(arch: str, num_classes: int, normalize: str = "none") -> nn.Module:
-    """A freshly initialised classifier: (B,3,H,W) pixels in [0,1] in, logits (B,num_classes) out, channels-last.
+    """A freshly initialised classifier from images (B,3,H,W) in [0,1] to logits (B,num_classes), channels-last.
 
-    `arch` is a name of ARCHS, or wrnN_K for WRN-N-K. A `normalize` other than "none" (a name of NORMALIZATIONS) puts
-    that layer in front, as RobustBench does: the keys are then `normalize.mean`, `normalize.std` and `model.*`.
+    arch: a name of ARCHS, or wrnN_K for WRN-N-K. normalize: a name of NORMALIZATIONS; with a name other than "none" a
+    normalisation layer comes first, as in RobustBench, and the keys are `normalize.mean`, `normalize.std`, `model.*`.
     Raises UsageError for an unknown name.
     """
     check_model(arch, normalize)

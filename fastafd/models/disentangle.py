@@ -1,8 +1,9 @@
-"""The disentangler of AFD (Eq. 1): two bias-free linear maps before a classifier's last linear layer, and their merge.
+"""The disentangler of AFD (Eq. 1): two linear maps without bias before a classifier's last linear layer, and their
+merge.
 
-f1 = D1 g(x) are the intrinsic features, which the classifier reads; f2 = D2 g(x) the confused ones, which only the
-training losses see. Both start as the identity, so a disentangled network begins as the network it was made from.
-After training W·W_D1 takes W's place and nothing of the disentangler is left.
+f1 = D1 g(x) are the intrinsic features, which the classifier reads. f2 = D2 g(x) are the confused features, which only
+the training losses read. Both maps start as the identity, so a disentangled network starts with the outputs of the
+network that it was made from. After training, W·W_D1 replaces W, and nothing of the disentangler remains.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from fastafd.models.split import SplitNet, split
 
 
 class Disentangled(SplitNet):
-    """A classifier as `backbone` (pooled features g), `d1`, `d2` and `classifier`. Made by `disentangle`."""
+    """A classifier with a disentangler.
+
+    `backbone` (pooled features g), `d1`, `d2`, `classifier`. `disentangle` makes it.
+    """
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):
         super().__init__(backbone, linear_name, classifier)
@@ -26,28 +30,28 @@ class Disentangled(SplitNet):
             block.to(classifier.weight)
 
     def f1(self, x: Tensor) -> Tensor:
-        """The intrinsic features D1 g(x), which the classifier reads: (B,3,H,W) in, (B,D) out."""
+        """The intrinsic features D1 g(x) (B,D) of images (B,3,H,W); the classifier reads them."""
         return self.d1(self.features(x))
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """The plain classifier with weight W·W_D1 and its bias unchanged, as a copy that shares no memory with this.
+        """A new plain classifier with the weight W·W_D1 and the same bias. It shares no memory with this model.
 
-        The product is formed in float64. Its state dict loads with strict=True into the unmodified architecture.
+        The product is computed in float64. The state dict loads with strict=True into the original architecture.
         """
         return self._whole(self.classifier.weight.double() @ self.d1.weight.double())
 
     @torch.no_grad()
     def merge_confused(self) -> nn.Module:
-        """The plain classifier that reads f2, with weight W·W_D2: what the confused features predict (Table 4)."""
+        """A new plain classifier with the weight W·W_D2, which predicts from the confused features f2 (Table 4)."""
         return self._whole(self.classifier.weight.double() @ self.d2.weight.double())
 
 
 def disentangle(net: nn.Module) -> Disentangled:
     """Put D1 and D2 (D x D, no bias, identity) before the last linear layer of a copy of `net`.
 
-    `net` is any classifier that ends in one nn.Linear: those of `fastafd.models`, of torchvision, of timm.
-    Raises ValueError where there is none, or where a layer with parameters is registered behind it.
-    Source: the AFD paper, Eq. 1; the identity start is the released code's.
+    net: any classifier that ends in one nn.Linear, such as those of `fastafd.models`, torchvision and timm.
+    Raises ValueError if there is no such layer, or if a layer with parameters is registered after it.
+    Source: the AFD paper, Eq. 1; the start as the identity is that of the released code.
     """
     return split(net, Disentangled)

@@ -1,7 +1,7 @@
 """CIFAR-style residual networks, post- and pre-activation, with the state-dict keys that RobustBench uses.
 
 A 3x3 stem without max-pooling, then stages that halve the resolution, a global average pool and one linear layer.
-The pool is adaptive, so 32x32 and 64x64 images need no other network and no other keys.
+The pool is adaptive, so the same network with the same keys takes 32x32 and 64x64 images.
 Sources: He et al. 2016 (arXiv 1512.03385, 1603.05027); the keys are those of RobustBench's `architectures/resnet.py`.
 """
 
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
 
 
 def projection(c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    """The shortcut of a post-activation block: nothing, or 1x1 convolution and BatchNorm where the shape changes."""
+    """The shortcut of a post-activation block: empty, or a 1x1 convolution and BatchNorm if the shape changes."""
     if stride == 1 and c_in == c_out:
         return nn.Sequential()
     return nn.Sequential(conv1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
@@ -74,9 +74,9 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`blocks[i]` blocks of width `widths[i]` a stage; (B,3,H,W) in, logits (B,C) out.
+    """A ResNet from images (B,3,H,W) to logits (B,C). Stage i has `blocks[i]` blocks of width `widths[i]`.
 
-    A pre-activation network (block `PreActBlock`) has no BatchNorm behind the stem but one before the pool.
+    With `PreActBlock` there is no BatchNorm after the first convolution, but one before the pool.
     """
 
     def __init__(

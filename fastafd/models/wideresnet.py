@@ -38,7 +38,7 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen`: depth = 6n + 4; (B,3,H,W) in, logits (B,C) out."""
+    """WRN-`depth`-`widen`, depth = 6n + 4, from images (B,3,H,W) to logits (B,C)."""
 
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()

@@ -1,1 +1,1 @@
-"""What the certificate of `python -m fastafd.verify` consists of: distances, limits, and a look at each kernel."""
+"""The parts of the certificate of `python -m fastafd.verify`: distances, their limits, and a check of each kernel."""

@@ -1,8 +1,8 @@
-"""Each kernel that a step launches, on that step's own operands, against its reference in float64.
+"""Check each kernel that a step launches, with the operands of that step, against its reference in float64.
 
-No flip of a ReLU stands between a wrong kernel and its result here, so the limit is close: the kernel may be twice as
-far from float64 as plain PyTorch in the same types, plus a quarter of a rounding. What moves pixels must equal its
-reference bit for bit.
+No ReLU lies between a kernel and its result here, so the limit is tight: the kernel may be twice as far from float64 as
+plain PyTorch in the same types, plus a quarter of a rounding error. Kernels that move pixels must equal their reference
+bit for bit.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ BIT_FOR_BIT = ("augment", "linf_step")
 
 
 class Launch(NamedTuple):
-    """What a kernel was called with, and what it returned or wrote into its first operand."""
+    """The operands of a kernel's call, and its results.
+
+    Those that it returned, or its first operand, which it wrote.
+    """
 
     operands: tuple[Any, ...]
     results: list[Tensor]
 
 
 class Deviation(NamedTuple):
-    """From float64's result, relative: of plain PyTorch in the same types, of the kernel; what the latter may be."""
+    """Relative distances from float64's result.
+
+    Of plain PyTorch in the same types, of the kernel, and the kernel's limit.
+    """
 
     eager: float
     fused: float
@@ -45,10 +51,10 @@ class Deviation(NamedTuple):
 
 
 class Watch:
-    """The first launch of each kernel at each shape, and how often each kernel was launched.
+    """Records the first launch of each kernel at each shape, and counts the launches of each kernel.
 
-    Its name stands for a kernel at the first shape that it was met with, "name 2" at the next. Launches of a CUDA
-    graph's replay are not seen: Python does not make them.
+    A kernel's name stands for its first shape, "name 2" for the next shape. A CUDA graph's replay makes no calls in
+    Python, so its launches are not recorded.
     """
 
     def __init__(self) -> None:
@@ -87,12 +93,12 @@ class Watch:
 
 
 def deviations(label: str, launch: Launch) -> dict[str, Deviation]:
-    """Of every result of a kernel, as `Watch` names it: its distance from float64's, and by how much it is too long."""
+    """For every result of a kernel that `Watch` recorded: its distance from float64's, and how much too long it is."""
     name = label.split()[0]
     operation = OPERATIONS[name]
     operands, fused = launch
     if name == "afd_loss":
-        # The kernel once more: its total is a mean over rows, among them those whose y' any rounding may change.
+        # A rounding error may change y' of nearly tied rows, and the total is a mean over rows: leave those rows out.
         rows = ~nearly_tied(operands)
         if rows.any():
             operands = (*(operand[rows] for operand in operands[:3]), *operands[3:])
@@ -103,26 +109,26 @@ def deviations(label: str, launch: Launch) -> dict[str, Deviation]:
     else:
         exact, allowance = run(operation.reference, widened(operands)), max(2.0**-22, rounding(operands) / 4)
         if name == "conv_relu" and torch.backends.cudnn.allow_tf32:
-            allowance = max(allowance, 2.0**-11)  # what TF32 rounds an operand by
-    found = {}
+            allowance = max(allowance, 2.0**-11)  # the relative rounding error of TF32
+    by_quantity = {}
     for result, *values in zip(RESULTS[name], eager, fused, exact, strict=True):
         for quantity, how_far in ((result, distance), (f"{result}, length", too_long)):
             of_eager, of_fused = (how_far(value, values[2]) for value in values[:2])
-            found[quantity] = Deviation(of_eager, of_fused, 2 * of_eager + allowance)
-    return found
+            by_quantity[quantity] = Deviation(of_eager, of_fused, 2 * of_eager + allowance)
+    return by_quantity
 
 
 def distance(result: Tensor, exact: Tensor) -> float:
-    """Euclidean and relative; of labels the share of others."""
+    """The relative Euclidean distance; for labels, the share that differs."""
     if not result.is_floating_point():
         return float((result != exact).double().mean())
     return float((result.double() - exact).norm()) / (float(exact.double().norm()) or 1.0)
 
 
 def too_long(result: Tensor, exact: Tensor) -> float:
-    """By how much the result is too long or too short along the exact one, relative; of labels 0.
+    """The relative excess or lack of length along the exact result; 0 for labels.
 
-    A factor of 1.01 hides in the distance behind 16-bit roundings; here they cancel.
+    In the distance, 16-bit rounding errors hide a factor of 1.01; here they cancel.
     """
     if not result.is_floating_point():
         return 0.0
@@ -131,7 +137,7 @@ def too_long(result: Tensor, exact: Tensor) -> float:
 
 
 def nearly_tied(operands: tuple[Any, ...]) -> Tensor:
-    """Rows of `afd_loss` whose two likeliest wrong classes are within roundings of each other: (B,) bool."""
+    """The rows of `afd_loss` whose two most likely wrong classes differ by rounding errors alone: (B,) bool."""
     features, _, labels, *_ = operands
     _, _, logits, *_ = run(OPERATIONS["afd_loss"].reference, widened(operands))
     if logits.shape[1] < 3:
@@ -141,23 +147,25 @@ def nearly_tied(operands: tuple[Any, ...]) -> Tensor:
 
 
 def run(function: Callable[..., Any], operands: tuple[Any, ...]) -> list[Tensor]:
+    """The results of the function on copies of the operands."""
     operands = copies(operands)
     return listed(function(*operands), operands)
 
 
 def listed(result: Any, operands: tuple[Any, ...]) -> list[Tensor]:
-    """Copies of the results; of an operation that returns none, of its first operand, which it wrote into."""
+    """Copies of the results, or of the first operand if the operation returns None and writes into it."""
     if result is None:
         result = operands[0]
     return [value.clone() for value in (result if isinstance(result, tuple) else (result,))]
 
 
 def copies(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands with every tensor cloned."""
     return tuple(operand.clone() if isinstance(operand, Tensor) else operand for operand in operands)
 
 
 def widened(operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The floating-point tensors among them in float64."""
+    """The operands with every floating-point tensor in float64."""
     return tuple(o.double() if isinstance(o, Tensor) and o.is_floating_point() else o for o in operands)
 
 
