@@ -39,9 +39,9 @@ def digit_tree(tmp_path_factory) -> Path:
     from sklearn.datasets import load_digits
 
     root = tmp_path_factory.mktemp("digits")
-    found = load_digits()
+    digits = load_digits()
     for digit in range(10):
-        images = found.images[found.target == digit][:30]
+        images = digits.images[digits.target == digit][:30]
         for index, image in enumerate(images):
             folder = root / ("train" if index < 24 else "test") / f"digit{digit}"
             folder.mkdir(parents=True, exist_ok=True)

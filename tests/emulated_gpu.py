@@ -213,11 +213,11 @@ def on_the_cpu() -> Iterator[None]:
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """Of every tensor the largest difference, in units of its largest value."""
     assert ours.keys() == theirs.keys()
-    found = {}
+    values = {}
     for name, value in ours.items():
         largest = theirs[name].double().abs().max().clamp_min(1e-30)
-        found[name] = float((value.double() - theirs[name].double()).abs().max() / largest)
-    return found
+        values[name] = float((value.double() - theirs[name].double()).abs().max() / largest)
+    return values
 
 
 def main(out: Path) -> None:
@@ -226,11 +226,11 @@ def main(out: Path) -> None:
         alone, one_by_one = emulated("bf16", torch.float32, {})
         together, combined = emulated("bf16", torch.float32, engine.COMBINED)
         exact, _ = emulated("fp32", torch.float64, engine.COMBINED)
-    found: dict[str, Any] = {"combined": apart(together, alone), "float64": apart(exact, reference(torch.float64))}
-    found["launches"] = [len(emulator.launches) for emulator in (one_by_one, combined)]
-    found["combinations"] = [emulator.combined for emulator in (one_by_one, combined)]
-    found["moved"] = apart(together, {name: filled_like(name, value) for name, value in together.items()})
-    out.write_text(json.dumps(found, indent=1))
+    result: dict[str, Any] = {"combined": apart(together, alone), "float64": apart(exact, reference(torch.float64))}
+    result["launches"] = [len(emulator.launches) for emulator in (one_by_one, combined)]
+    result["combinations"] = [emulator.combined for emulator in (one_by_one, combined)]
+    result["moved"] = apart(together, {name: filled_like(name, value) for name, value in together.items()})
+    out.write_text(json.dumps(result, indent=1))
 
 
 def filled_like(name: str, value: Tensor) -> Tensor:

@@ -32,14 +32,14 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def draws(data, normal: bool = False) -> list[torch.Tensor]:
     """The uniform (or standard normal) draws that a step seeded with 0 makes for these batches."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    batches = []
     for x, _ in data:
         like = torch.empty_like(x, memory_format=torch.channels_last)
         if normal:
-            found.append(like.normal_(0.0, 0.001, generator=generator) / 0.001)
+            batches.append(like.normal_(0.0, 0.001, generator=generator) / 0.001)
         else:
-            found.append(like.uniform_(-EPS, EPS, generator=generator))
-    return found
+            batches.append(like.uniform_(-EPS, EPS, generator=generator))
+    return batches
 
 
 def floats(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -62,15 +62,15 @@ def builds(kernels: dict[str, tuple[str, str]]) -> Iterator[dict]:
             with redirect_stdout(log):
                 options = tuner._create_compile_options(config, meta)
                 triton.compile(kernel, target=GPUTarget("cuda", chip, 32), options=options)
-            said = log.getvalue()
-            spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-            (registers,) = re.findall(r"Used (\d+) registers", said)
+            log_text = log.getvalue()
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill", log_text)))
+            (registers,) = re.findall(r"Used (\d+) registers", log_text)
             yield {"kernel": label, "chip": chip, "registers": int(registers), "spills": spills}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
-    found = torch.empty(shape, dtype=dtype, device="cuda")
-    return found.to(memory_format=torch.channels_last) if last else found
+    tensor = torch.empty(shape, dtype=dtype, device="cuda")
+    return tensor.to(memory_format=torch.channels_last) if last else tensor
 
 
 def calls() -> Iterator[tuple[str, tuple]]:
@@ -98,29 +98,29 @@ def calls() -> Iterator[tuple[str, tuple]]:
 
 def launchers() -> list[dict]:
     """Of every call what the launcher and the fake kernel return, and how many kernels were launched."""
-    found = []
+    calls = []
     with recorder.Recorder():
         for name, operands in calls():
             op, counted = getattr(torch.ops.fastafd, name).default, []
             with recorder.kernels_noted(counted):
                 launcher = recorder.facts(recorder.launcher(op)(*operands))
             same = launcher == recorder.facts(op(*operands))
-            found.append({"operation": name, "operands": str(recorder.facts(operands)), "same": same})
-            found[-1]["kernels"] = len(counted)
-    return found
+            calls.append({"operation": name, "operands": str(recorder.facts(operands)), "same": same})
+            calls[-1]["kernels"] = len(counted)
+    return calls
 
 
 def main(out: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     ours = [name for name, of in OPERATIONS.items() if of.fused.__module__.startswith("fastafd.kernels.")]
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DISABLE_LINE_INFO": "1"}
-        with mock.patch.object(Console, "line", lambda console, text: said.append(text)):
+        with mock.patch.object(Console, "line", lambda console, text: lines.append(text)):
             rows, kernels = steps()
         with fake_gpu.fake_gpu():
-            found = {"rows": rows, "launchers": launchers(), "builds": list(builds(kernels))}
-    found |= {"kernels": sorted(kernels), "operations": sorted(ours), "said": said}
-    out.write_text(json.dumps(found, indent=1))
+            result = {"rows": rows, "launchers": launchers(), "builds": list(builds(kernels))}
+    result |= {"kernels": sorted(kernels), "operations": sorted(ours), "said": lines}
+    out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

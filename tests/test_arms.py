@@ -142,8 +142,8 @@ def test_turned_convolutions_are_the_input_gradient(kernel, stride):
         out = F.conv2d(x, w, None, stride, padding)
         g = torch.randn_like(out)
         (expected,) = torch.autograd.grad(out, x, g)
-        found = turned_gradient(g, turned_weights(w, stride, padding), kernel, stride, padding, size)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        gradient = turned_gradient(g, turned_weights(w, stride, padding), kernel, stride, padding, size)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_bits_are_those_of_their_channels():
@@ -160,9 +160,9 @@ def test_conv_relu_is_an_operation_that_compiles(residual):
     z = torch.randn(2, 8, 5, 4) if residual else None
     expected = F.conv2d(x, w, b, 2, 1)
     expected = (expected if z is None else expected + z).relu()
-    found = conv_relu(x, w, b, z, [2, 2], [1, 1])
-    torch.testing.assert_close(found, expected)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    output = conv_relu(x, w, b, z, [2, 2], [1, 1])
+    torch.testing.assert_close(output, expected)
+    assert output.is_contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(conv_relu, (x, w, b, z, [2, 2], [1, 1]))
 
 
@@ -173,9 +173,9 @@ def test_cudnn_is_called_with_what_it_takes(residual, monkeypatch):
     def played(name):
         names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
 
-        def run(*given):
+        def run(*operands):
             called.append(name)
-            of = dict(zip(names, given, strict=True))
+            of = dict(zip(names, operands, strict=True))
             geometry = (of[key] for key in ("stride", "padding", "dilation", "groups"))
             out = F.conv2d(of["self"], of["weight"], of["bias"], *geometry)
             return (out + of["alpha"] * of["z"] if "z" in of else out).relu()
@@ -187,8 +187,8 @@ def test_cudnn_is_called_with_what_it_takes(residual, monkeypatch):
         monkeypatch.setattr(torch.ops.aten, name, played(name))
     x, w, b = torch.randn(2, 3, 9, 7), torch.randn(8, 3, 3, 1), torch.randn(8)
     z = torch.randn(2, 8, 5, 7) if residual else None
-    found = conv_relu_by_cudnn(x, w, b, z, [2, 1], [1, 0])
-    torch.testing.assert_close(found, conv_relu(x, w, b, z, [2, 1], [1, 0]))
+    output = conv_relu_by_cudnn(x, w, b, z, [2, 1], [1, 0])
+    torch.testing.assert_close(output, conv_relu(x, w, b, z, [2, 1], [1, 0]))
     assert called == ["cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"]
 
 

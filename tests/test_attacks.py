@@ -97,9 +97,9 @@ def test_works_inside_no_grad_and_on_bf16_logits():
     assert x_adv.dtype == torch.float32 and not torch.equal(x_adv, x)
 
 
-@pytest.mark.parametrize("given, value", [("8/255", 8 / 255), (8 / 255, 8 / 255), ("0.03", 0.03), (0, 0.0), ("1", 1.0)])
-def test_eps_takes_fractions(given, value):
-    assert PGD(eps=given).eps == pytest.approx(value)
+@pytest.mark.parametrize("text, value", [("8/255", 8 / 255), (8 / 255, 8 / 255), ("0.03", 0.03), (0, 0.0), ("1", 1.0)])
+def test_eps_takes_fractions(text, value):
+    assert PGD(eps=text).eps == pytest.approx(value)
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,12 @@ print(json.dumps({"modules": [module.__file__ for module in modules], "mapped": 
 def test_a_beton_file_is_written_and_read(machine, digit_tree, tmp_path):
     done = machine.run(BETON, digit_tree, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert all(Path(file).is_relative_to(machine.target) for file in found["modules"])
-    inside = [Path(file).name for file in found["mapped"] if Path(file).is_relative_to(machine.target / "ffcv.libs")]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert all(Path(file).is_relative_to(machine.target) for file in report["modules"])
+    inside = [Path(file).name for file in report["mapped"] if Path(file).is_relative_to(machine.target / "ffcv.libs")]
     assert {name.split("-")[0] for name in inside} >= {"libopencv_core", "libopencv_imgproc", "libturbojpeg"}
     ours = re.compile(r"/(usr/)?lib.*/lib(opencv|turbojpeg|GL|X11|lapack|blas|gfortran|quadmath)")
-    assert not [file for file in found["mapped"] if ours.match(file)]
+    assert not [file for file in report["mapped"] if ours.match(file)]
 
 
 @pytest.mark.slow
@@ -152,20 +152,20 @@ def test_the_verb_runs(machine, words, code):
         assert "--pretrained" in done.stdout
 
 
-@pytest.mark.parametrize("given, wanted", [([], ""), (["PYTHON=3.13"], "3.13")])
-def test_make_takes_the_machines_python_and_sets_up_with_its_own(given, wanted):
+@pytest.mark.parametrize("variables, wanted", [([], ""), (["PYTHON=3.13"], "3.13")])
+def test_make_takes_the_machines_python_and_sets_up_with_its_own(variables, wanted):
     outer = ("PYTHON", "MAKEFLAGS", "MAKEOVERRIDES")  # of the make that runs the tests
     environment = {name: value for name, value in os.environ.items() if name not in outer}
-    command = ["make", "-nB", "bundle", *given]
+    command = ["make", "-nB", "bundle", *variables]
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert 'PYTHON="python3" bash setup.sh' in shown.stdout
     assert f"bundle.py {wanted}\n" in shown.stdout
 
 
-@pytest.mark.parametrize("given", ["python3.12", "3.10", "3", "3.12.1", "/bin/rm"])
-def test_a_version_that_is_none(given):
-    done = subprocess.run([sys.executable, ROOT / "bundle.py", given], capture_output=True, text=True)
-    assert done.returncode and given in done.stderr and len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("version", ["python3.12", "3.10", "3", "3.12.1", "/bin/rm"])
+def test_a_version_that_is_none(version):
+    done = subprocess.run([sys.executable, ROOT / "bundle.py", version], capture_output=True, text=True)
+    assert done.returncode and version in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["import numpy\n", "import cv2\nimport cv2\n"])

@@ -72,8 +72,8 @@ def test_forms_that_win_are_tried_together():
     made = chosen_by(clock)
     assert [name for name in clock.asked if "+" in name] == ["fused+turned", "fused+turned+padded"]
     assert made.chosen == {STEM: "fused+turned", LAST: "turned"}
-    (own,) = {form for form in made.snapshot.net.conv1.forms.values()}
-    assert own == ("fused", "turned")
+    (form,) = {form for form in made.snapshot.net.conv1.forms.values()}
+    assert form == ("fused", "turned")
 
 
 def test_timings_are_kept_and_read(own_cache):
@@ -123,15 +123,15 @@ def test_a_snapshot_follows_another():
 def test_a_wrong_form_is_never_taken(monkeypatch, capsys):
     """One whose output is off by more than the bound, one whose gradient is: though they are fast, and with a line."""
     fused, turned = ARMS["fused"], ARMS["turned"]
-    off = {"forward": lambda *given: tuple(2 * v for v in fused.forward(*given))}
+    off = {"forward": lambda *operands: tuple(2 * v for v in fused.forward(*operands))}
     monkeypatch.setitem(ARMS, "fused", replace(fused, **off))
-    monkeypatch.setitem(ARMS, "turned", replace(turned, dgrad=lambda *given: turned.dgrad(*given) * (1 + 1e-6)))
+    monkeypatch.setitem(ARMS, "turned", replace(turned, dgrad=lambda *operands: turned.dgrad(*operands) * (1 + 1e-6)))
     clock = Clock(bits=1.0, padded=1.0)
     made = chosen_by(clock)
     assert made.chosen == {STEM: "plain", LAST: "plain"} and "fused" not in clock.asked
-    said = capsys.readouterr().err
-    assert f"fused is not used for {STEM}: wrong: its output is off by 100.0%" in said
-    assert f"turned is not used for {LAST}: wrong: a gradient is off" in said
+    log_text = capsys.readouterr().err
+    assert f"fused is not used for {STEM}: wrong: its output is off by 100.0%" in log_text
+    assert f"turned is not used for {LAST}: wrong: a gradient is off" in log_text
 
 
 def test_what_cannot_be_timed_is_plain(capsys):
@@ -188,9 +188,9 @@ def test_a_resumed_run_keeps_its_forms(capsys, tmp_path):
     """By the state of a step; timings have changed meanwhile. On another machine they are chosen anew, with a line."""
     first, second, third = (afd_step(tiny(Wide), "fast") for _ in range(3))
     for step, fused, turned in ((first, 0.5, 1.0), (second, 1.0, 0.5), (third, 1.0, 0.5)):
-        own = step.engine.choice
-        own.clock = Clock(fused=fused, turned=turned, bits=1.0, padded=1.0)
-        own.compile = lambda function: function
+        choice_of_step = step.engine.choice
+        choice_of_step.clock = Clock(fused=fused, turned=turned, bits=1.0, padded=1.0)
+        choice_of_step.compile = lambda function: function
     assert "arms" not in first.state_dict()
     first.engine.choice.choose(X)
     state = first.state_dict()

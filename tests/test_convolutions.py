@@ -27,10 +27,10 @@ def test_shapes_are_all_the_flops_but_those_of_the_last_layer(convolutions, arch
 
 
 def test_shapes_of_resnet18(convolutions):
-    found = convolutions.shapes("resnet18")
-    assert found.total() == 20 and found[convolutions.Shape(64, 32, 64, 3, 1)] == 4
+    counts = convolutions.shapes("resnet18")
+    assert counts.total() == 20 and counts[convolutions.Shape(64, 32, 64, 3, 1)] == 4
     stem = convolutions.Shape(3, 32, 64, 3, 1)
-    assert next(iter(found)) == stem and stem.numbers(1) == 3 * 1024 + 64 * 1024 + 64 * 27
+    assert next(iter(counts)) == stem and stem.numbers(1) == 3 * 1024 + 64 * 1024 + 64 * 27
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -55,9 +55,9 @@ def test_every_form_is_the_operation_it_stands_for(convolutions):
         out = F.conv2d(x, w, None, shape.stride, shape.kernel // 2)
         dx, dw = torch.autograd.grad(out, (x, w), drawn["g"])
         expected = {"forward": out, "dgrad": dx, "wgrad": dw, "bias, ReLU": (out + drawn["b"][:, None, None]).relu()}
-        found = convolutions.shape_forms(shape, cuda=False, templates=False)
-        assert ("forward of 8" in found) == (shape.c_in == 3) and "dgrad as forward" in found
-        for form, (function, names) in found.items():
+        forms = convolutions.shape_forms(shape, cuda=False, templates=False)
+        assert ("forward of 8" in forms) == (shape.c_in == 3) and "dgrad as forward" in forms
+        for form, (function, names) in forms.items():
             if form == "compiled":
                 continue
             got = function(*(drawn[name] for name in names.split()))
@@ -69,11 +69,11 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
     whole = convolutions.shape_forms
 
     def some(shape, cuda, templates):
-        found = whole(shape, cuda, templates)
-        found["compiled"] = found["bias, ReLU"]
-        found["cuDNN fused"] = lambda x, w, b: torch.ops.aten.cudnn_convolution_relu(x, w, b, [1], [1], [1], 1), "x w b"
-        found["Triton template"] = lambda x, w, b: found["bias, ReLU"][0](x, 1.1 * w, b), "x w b"
-        return found
+        forms = whole(shape, cuda, templates)
+        forms["compiled"] = forms["bias, ReLU"]
+        forms["cuDNN fused"] = lambda x, w, b: torch.ops.aten.cudnn_convolution_relu(x, w, b, [1], [1], [1], 1), "x w b"
+        forms["Triton template"] = lambda x, w, b: forms["bias, ReLU"][0](x, 1.1 * w, b), "x w b"
+        return forms
 
     monkeypatch.setattr(convolutions, "shape_forms", some)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back: main sets it
@@ -81,13 +81,13 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
     out = tmp_path / "found.json"
     small = ["--arch", "resnet8_half", "--device", "cpu", "--batch", "2", "--rounds", "1", "--out", str(out)]
     assert convolutions.main(small) == 0
-    found = json.loads(out.read_text())
+    result = json.loads(out.read_text())
     assert (
-        f"{convolutions.convolutions_note(found)}\n\n{convolutions.convolutions_table(found['rows'])}\n"
+        f"{convolutions.convolutions_note(result)}\n\n{convolutions.convolutions_table(result['rows'])}\n"
         in capsys.readouterr().out
     )
-    assert sum(row["count"] for row in found["rows"]) == 9
-    for row in found["rows"]:
+    assert sum(row["count"] for row in result["rows"]) == 9
+    for row in result["rows"]:
         assert set(row["failed"]) == {"cuDNN fused", "Triton template"}
         assert row["failed"]["cuDNN fused"].startswith("NotImplementedError: Could not run")
         assert re.match(r"ArithmeticError: off by \d+\.\d% of the norm of bias, ReLU", row["failed"]["Triton template"])
@@ -95,8 +95,8 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
         limit = max(shape.flops(2) / 1e12, 4 * shape.numbers(2) / 1e10)
         assert row["roofline_us"] == pytest.approx(1e6 * limit, abs=0.01)
         assert row["tflops"]["forward"] == pytest.approx(row["gflop"] / row["us"]["forward"] / 1e-3, abs=1e-4)
-    lines = convolutions.convolutions_table(found["rows"]).splitlines()
+    lines = convolutions.convolutions_table(result["rows"]).splitlines()
     assert len({line.count("|") for line in lines[:10]}) == 1 and all(line.count(" no ") == 2 for line in lines[2:10])
-    limit = sum(row["count"] * row["roofline_us"] for row in found["rows"])
-    spent = sum(row["count"] * row["us"]["dgrad"] for row in found["rows"])
+    limit = sum(row["count"] * row["roofline_us"] for row in result["rows"])
+    spent = sum(row["count"] * row["us"]["dgrad"] for row in result["rows"])
     assert f"dgrad {spent:.0f} us ({limit / spent:.0%} of the limit)" in lines[-1]

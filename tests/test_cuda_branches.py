@@ -108,32 +108,32 @@ def doubling(cuda, graphs_of):
 
 def test_a_recording_is_made_after_the_warm_ups_and_replayed_with_new_inputs(monkeypatch):
     cuda, box = Cuda(monkeypatch), {}
-    found = box["graphs"] = Graphs(doubling(cuda, lambda: box["graphs"]), CUDA, Console())
-    record = found._record
+    graphs = box["graphs"] = Graphs(doubling(cuda, lambda: box["graphs"]), CUDA, Console())
+    record = graphs._record
 
     def recording(*inputs):
         graph, held, outputs = record(*inputs)
-        graph.body = found.last_body
+        graph.body = graphs.last_body
         return graph, held, outputs
 
-    monkeypatch.setattr(found, "_record", recording)
+    monkeypatch.setattr(graphs, "_record", recording)
     for index in range(WARM_UPS):
         cuda.calls.clear()
-        (out,) = found(torch.full((2,), float(index)), None)
+        (out,) = graphs(torch.full((2,), float(index)), None)
         assert out.tolist() == 2 * [2.0 * index]
         # The recording stream begins after what was queued before, and what comes afterwards begins after it.
         assert cuda.calls == ["recording waits for current", "run on recording", "current waits for recording"]
-    assert found.replays == 0 and not found.recorded
+    assert graphs.replays == 0 and not graphs.recorded
     cuda.calls.clear()
     for value in (7.0, 8.0):
-        (out,) = found(torch.full((2,), value), None)
+        (out,) = graphs(torch.full((2,), value), None)
         assert out.tolist() == 2 * [2 * value]
     assert cuda.calls == ["record in pool 1 on recording, thread_local", "run on recording, captured"] + 2 * ["replay"]
-    assert found.replays == 2 and cuda.current.name == "current"
-    (out,) = found(torch.full((3,), 1.0), None)  # another shape has warm-ups of its own
-    assert out.tolist() == 3 * [2.0] and len(found.recorded) == 1
-    found.clear()
-    assert not found.recorded and not found.calls and found.pool == 2
+    assert graphs.replays == 2 and cuda.current.name == "current"
+    (out,) = graphs(torch.full((3,), 1.0), None)  # another shape has warm-ups of its own
+    assert out.tolist() == 3 * [2.0] and len(graphs.recorded) == 1
+    graphs.clear()
+    assert not graphs.recorded and not graphs.calls and graphs.pool == 2
 
 
 def test_a_broken_recording_leaves_stream_pool_and_generator_as_they_were(monkeypatch, capsys):
@@ -144,20 +144,20 @@ def test_a_broken_recording_leaves_stream_pool_and_generator_as_they_were(monkey
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return (x + 1,)
 
-    found = Graphs(run, CUDA, Console())
+    graphs = Graphs(run, CUDA, Console())
     for _ in range(WARM_UPS):
-        found(torch.zeros(1))
+        graphs(torch.zeros(1))
     cuda.calls.clear()
-    (out,) = found(torch.zeros(1))
-    assert out.tolist() == [1.0] and not found.works and cuda.current.name == "current"
+    (out,) = graphs(torch.zeros(1))
+    assert out.tolist() == [1.0] and not graphs.works and cuda.current.name == "current"
     first, *rest = cuda.calls
     assert first.startswith("record") and rest[:2] == ["current is current", "pool 1 ends"]
     assert rest[2].startswith("record in pool None") and rest[3] == "current is current"  # a short one that works
     assert rest[4:] == ["recording waits for current", "current waits for recording"]
     assert capsys.readouterr().err.count("kernel by kernel: operation not permitted when stream is capturing") == 1
     cuda.calls.clear()
-    found(torch.zeros(1))
-    assert not any(call.startswith("record in") for call in cuda.calls) and found.replays == 0
+    graphs(torch.zeros(1))
+    assert not any(call.startswith("record in") for call in cuda.calls) and graphs.replays == 0
 
 
 def test_phases_are_timed_between_events_that_only_collecting_waits_for(monkeypatch):

@@ -162,10 +162,10 @@ def test_a_corrupt_image_is_named(digits_tree, file):
 def test_a_wrong_size_is_named(digits_tree, file):
     path = digits_tree / "test" / "4" / file
     Image.open(path).resize((40, 36)).save(path)
-    said = message("digits", digits_tree)
-    assert str(path) in said and "40x36" in said and "32x32" in said
-    said = message("imagefolder", digits_tree)
-    assert str(path) in said and "--image-size" in said
+    error = message("digits", digits_tree)
+    assert str(path) in error and "40x36" in error and "32x32" in error
+    error = message("imagefolder", digits_tree)
+    assert str(path) in error and "--image-size" in error
 
 
 def test_other_colour_modes_become_rgb(digits_tree):
@@ -325,9 +325,9 @@ def test_no_network_says_what_data_dir_may_hold(tmp_path, monkeypatch, name):
         raise URLError("Network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
-    said = message(name, tmp_path)
-    assert "unreachable" in said and "train/<class>/*.png" in said
-    assert {"cifar10": "cifar-10-batches-py/", "cifar100": "cifar-100-python/"}[name] in said
+    error = message(name, tmp_path)
+    assert "unreachable" in error and "train/<class>/*.png" in error
+    assert {"cifar10": "cifar-10-batches-py/", "cifar100": "cifar-100-python/"}[name] in error
     assert "downloading is off" in message(name, tmp_path, download=False)
 
 

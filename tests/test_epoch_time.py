@@ -77,8 +77,8 @@ def test_rows_and_table():
 
     measured = {"first_call_s": 1.0, "peak_bytes": 2**30}
     forms = {"paper-style": {"step_s": [0.2, 0.4]}, "fast": {"step_s": [0.1, 0.2]}}
-    found = {name: measured | steps for name, steps in forms.items()}
-    paper, fast = epoch_time.rows_of("resnet18", "natural", found, 128, product=1e15)
+    samples = {name: measured | steps for name, steps in forms.items()}
+    paper, fast = epoch_time.rows_of("resnet18", "natural", samples, 128, product=1e15)
     assert paper["epoch_s"] == pytest.approx(0.3 * 390) and fast["times_paper_style"] == pytest.approx(2.0)
     assert fast["images_s"] == pytest.approx(128 / 0.15)
     lines = epoch_tables.epoch_table(
@@ -98,8 +98,8 @@ def test_totals_begin_with_what_a_method_begins_with():
         label: epochs for label, (epochs, _, _) in TABLE5.items()
     }
     passes = {label: 8 if label == "Free-AT" else 1 for label in TABLE5}
-    found = {label: {"step_s": [epoch / 390 / passes[label]] * 3} for label, (_, epoch, _) in TABLE5.items()}
-    rows = epoch_time.method_rows("resnet18", found, dict.fromkeys(TABLE5, "fast"), 128)
+    samples = {label: {"step_s": [epoch / 390 / passes[label]] * 3} for label, (_, epoch, _) in TABLE5.items()}
+    rows = epoch_time.method_rows("resnet18", samples, dict.fromkeys(TABLE5, "fast"), 128)
     assert [row["method"] for row in rows] == list(TABLE5)
     for row, (_, epoch, total) in zip(rows, TABLE5.values(), strict=True):
         assert row["epoch_s"] == pytest.approx(epoch) == row["fastest_s"] == row["slowest_s"]
@@ -119,9 +119,9 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
     words = ["--tiny", "--tasks", "--methods", "--device", "cpu", "--out", str(tmp_path / "found.json")]
     monkeypatch.setattr(sys, "argv", ["epoch_time", *words])
     assert epoch_time.main() == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = {row["method"]: row for row in found["methods"]}
-    assert list(rows) == list(TABLE5) and found["rows"] == []
+    result = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["method"]: row for row in result["methods"]}
+    assert list(rows) == list(TABLE5) and result["rows"] == []
     for label, row in rows.items():
         config = METHODS[label]
         assert row["arch"] == "resnet8_half" and (row["recipe"], row["epochs"]) == (config.recipe, config.sgd.epochs)
@@ -131,9 +131,9 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
         before = {"scratch": 0.0, "natural": rows["Standard"]["total_s"], "robust": rows["PGD-AT"]["total_s"]}
         assert row["total_s"] == pytest.approx(row["epochs"] * row["epoch_s"] + before[config.method.begins])
     assert {label for label, row in rows.items() if row["engine"] == "reference"} == {"Free-AT", "FGSM-GA", "ATAS"}
-    said = capsys.readouterr().out
-    assert said.index(epoch_tables.methods_table(found)) == 0  # no table of tasks where none is timed
-    assert epoch_tables.epoch_note(found) in said and "Methods: " in epoch_tables.epoch_note(found)
+    output = capsys.readouterr().out
+    assert output.index(epoch_tables.methods_table(result)) == 0  # no table of tasks where none is timed
+    assert epoch_tables.epoch_note(result) in output and "Methods: " in epoch_tables.epoch_note(result)
 
 
 def test_steps_of_methods_are_those_of_their_runs(monkeypatch):

@@ -113,8 +113,8 @@ def test_an_attack_that_raises_no_loss_is_named(model, wrong, classifier, digits
     kept = np.flatnonzero(predicted == digits.test.labels)
     test = ArraySplit(digits.test.images(kept), digits.test.labels[kept])
     result = evaluate(net, test, ("clean", "pgd20"), n=40, autoattack_n=0, console=Console())
-    said = "the attack has not raised the mean loss" in capsys.readouterr().err
-    assert said == wrong == ("warnings" in result["pgd20"]) and "warnings" not in result["clean"]
+    warned = "the attack has not raised the mean loss" in capsys.readouterr().err
+    assert warned == wrong == ("warnings" in result["pgd20"]) and "warnings" not in result["clean"]
 
 
 def test_autoattack_that_breaks_nothing_is_named(classifier, digits, capsys, monkeypatch):
@@ -153,10 +153,10 @@ def test_autoattack_is_the_worst_case_and_leaves_the_generators_alone(classifier
     before = torch.get_rng_state()
     result = evaluate(classifier, digits.test, ATTACKS, n=12, autoattack_n=10, console=Console())
     assert torch.equal(before, torch.get_rng_state())
-    found = result["autoattack"]
-    assert found["version"] == "standard" and found["accuracy"] <= result["pgd20"]["accuracy"]
-    assert next(iter(found["accuracy_after"])) == "apgd-ce"
-    assert found["accuracy"] == pytest.approx(list(found["accuracy_after"].values())[-1], abs=1e-4)
+    measured = result["autoattack"]
+    assert measured["version"] == "standard" and measured["accuracy"] <= result["pgd20"]["accuracy"]
+    assert next(iter(measured["accuracy_after"])) == "apgd-ce"
+    assert measured["accuracy"] == pytest.approx(list(measured["accuracy_after"].values())[-1], abs=1e-4)
     assert "robust accuracy after" in capsys.readouterr().err
 
 
@@ -167,8 +167,8 @@ def test_autoattack_with_fewer_classes_than_its_targets(digits):
     x = to_unit(torch.from_numpy(digits.test.images(np.arange(4))))
     with torch.no_grad():
         y = net(x).argmax(1)
-    found = run_autoattack(net, x, y, 1e-4, 4, 0, print)
-    assert found.predicted.shape == (4,) and set(found.accuracy_after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    result = run_autoattack(net, x, y, 1e-4, 4, 0, print)
+    assert result.predicted.shape == (4,) and set(result.accuracy_after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     with pytest.raises(fastafd.settings.UsageError, match="4 classes"):
         run_autoattack(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), x, y % 3, 1e-4, 4, 0, print)
 

@@ -109,9 +109,9 @@ def test_feature_gap_is_drawn_as_written(tmp_path, drawn):
     assert {row["method"] for row in rows} == {"AFD", "vAFT", "vAFT (matched)"}  # no gap in TRADES, gamma-0 of a sweep
     for ax, norm in zip(drawn[-1].axes, ("l1", "l2", "linf"), strict=True):
         for line in ax.lines:
-            own = [row for row in rows if (row["method"], row["norm"]) == (line.get_label(), norm)]
-            assert line.get_xdata().tolist() == [int(row["epoch"]) for row in own] == [1, 2]
-            assert line.get_ydata().tolist() == [float(row["mean"]) for row in own]
+            points = [row for row in rows if (row["method"], row["norm"]) == (line.get_label(), norm)]
+            assert line.get_xdata().tolist() == [int(row["epoch"]) for row in points] == [1, 2]
+            assert line.get_ydata().tolist() == [float(row["mean"]) for row in points]
     first = rows[0]
     assert (first["method"], first["norm"], first["epoch"], first["seeds"]) == ("AFD", "l1", "1", "3")
     assert float(first["mean"]) == 3.0  # steps 1 and 2 of the epoch: 1.5 times 1, 2 and 3
@@ -136,8 +136,8 @@ def test_tsne_is_drawn_as_written(tmp_path, drawn):
     for ax, panel in zip(drawn[-1].axes, ("before disentanglement", "after it, $f_1$"), strict=True):
         points = np.concatenate([collection.get_offsets() for collection in ax.collections]).tolist()
         assert sorted(points) == sorted([float(row["x"]), float(row["y"])] for row in rows if row["panel"] == panel)
-    said = [float(ax.get_title().split()[-1]) for ax in drawn[-1].axes]
-    for silhouette, name in zip(said, ("before", "f1"), strict=True):
+    scores = [float(ax.get_title().split()[-1]) for ax in drawn[-1].axes]
+    for silhouette, name in zip(scores, ("before", "f1"), strict=True):
         features = run.samples[name].astype(np.float32)
         assert abs(silhouette - silhouette_score(features, run.samples["feature_label"])) <= 0.005
     assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == ["_cat", r"\$dog\$", "<eel>"]
@@ -169,11 +169,11 @@ def test_sweep_is_drawn_as_written(tmp_path, drawn):
     assert [float(of_seeds[name]) for name in ("low", "high")] == pytest.approx([75 - deviation, 75 + deviation])
     panels = [("beta", "clean"), ("gamma", "clean"), ("beta", "pgd20"), ("gamma", "pgd20")]
     for ax, panel in zip(drawn[-1].axes, panels, strict=True):
-        own = [row for row in rows if (row["weight"], row["attack"]) == panel]
+        points = [row for row in rows if (row["weight"], row["attack"]) == panel]
         line, _, (bars,) = ax.containers[0]
-        assert line.get_ydata().tolist() == [float(row["accuracy"]) for row in own]
+        assert line.get_ydata().tolist() == [float(row["accuracy"]) for row in points]
         ends = [[segment[0][1], segment[1][1]] for segment in bars.get_segments()]
-        assert np.allclose(ends, [[float(row["low"]), float(row["high"])] for row in own])
+        assert np.allclose(ends, [[float(row["low"]), float(row["high"])] for row in points])
     assert [label.get_text() for label in drawn[-1].axes[2].get_xticklabels()] == ["0", "0.25"]
 
 

@@ -43,7 +43,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated")
     out = folder / "found.json"
     done = run("tests/on_fake_gpu.py", str(out), TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"))
@@ -53,16 +53,16 @@ def found(tmp_path_factory):
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_every_method_of_the_fast_engine_is_whole_graphs(found):
-    assert {row["method"] for row in found["rows"]} == set(LAUNCHES)
-    assert {row["method"]: row["graph_breaks"] for row in found["rows"]} == {method: [] for method in LAUNCHES}
-    assert found["said"] == []  # no part compiled in pieces or left uncompiled
+def test_every_method_of_the_fast_engine_is_whole_graphs(recorded):
+    assert {row["method"] for row in recorded["rows"]} == set(LAUNCHES)
+    assert {row["method"]: row["graph_breaks"] for row in recorded["rows"]} == {method: [] for method in LAUNCHES}
+    assert recorded["said"] == []  # no part compiled in pieces or left uncompiled
 
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_images_are_channels_last_and_none_is_laid_out_anew(found):
-    for row in found["rows"]:
+def test_images_are_channels_last_and_none_is_laid_out_anew(recorded):
+    for row in recorded["rows"]:
         assert row["not_channels_last"] == [], row["method"]
         assert not [move for move in row["moved"] if "permuted" in move["what"]], row["method"]
         assert not [name for name in row["names"] if "_local_scalar_dense" in name or "permute" in name]
@@ -70,25 +70,27 @@ def test_images_are_channels_last_and_none_is_laid_out_anew(found):
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_a_step_needs_no_more_launches_than_recorded(found):
-    counts = {row["method"]: sum(row["parts"][-1]["launches"].values()) for row in found["rows"]}
+def test_a_step_needs_no_more_launches_than_recorded(recorded):
+    counts = {row["method"]: sum(row["parts"][-1]["launches"].values()) for row in recorded["rows"]}
     assert all(0 < counts[method] <= most for method, most in LAUNCHES.items()), counts
 
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_launchers_return_what_fake_kernels_promise(found):
-    assert {call["operation"] for call in found["launchers"]} == set(found["operations"])
-    assert all(call["kernels"] > 0 for call in found["launchers"])
-    assert not [call for call in found["launchers"] if not call["same"]]
+def test_launchers_return_what_fake_kernels_promise(recorded):
+    assert {call["operation"] for call in recorded["launchers"]} == set(recorded["operations"])
+    assert all(call["kernels"] > 0 for call in recorded["launchers"])
+    assert not [call for call in recorded["launchers"] if not call["same"]]
 
 
 @needs_cuda_build
 @pytest.mark.slow
-def test_generated_kernels_build_for_every_chip_without_spills(found):
-    assert {(b["kernel"], b["chip"]) for b in found["builds"]} == {(k, c) for k in found["kernels"] for c in CHIPS}
-    assert all(0 < built["registers"] <= 255 for built in found["builds"])
-    assert not [built for built in found["builds"] if built["spills"]]
+def test_generated_kernels_build_for_every_chip_without_spills(recorded):
+    assert {(b["kernel"], b["chip"]) for b in recorded["builds"]} == {
+        (k, c) for k in recorded["kernels"] for c in CHIPS
+    }
+    assert all(0 < built["registers"] <= 255 for built in recorded["builds"])
+    assert not [built for built in recorded["builds"] if built["spills"]]
 
 
 @pytest.fixture(scope="module")

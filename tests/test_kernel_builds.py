@@ -33,6 +33,6 @@ def test_every_kernel_builds_for_every_chip_without_spills(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     builds = json.loads(out.read_text())["rows"]
-    assert {(found["kernel"], found["chip"]) for found in builds} == {(k, chip) for k in KERNELS for chip in CHIPS}
-    assert not any(found["spills"] or found["tf32"] for found in builds)
-    assert all(0 < found["registers"] <= 255 for found in builds)
+    assert {(build["kernel"], build["chip"]) for build in builds} == {(k, chip) for k in KERNELS for chip in CHIPS}
+    assert not any(build["spills"] or build["tf32"] for build in builds)
+    assert all(0 < build["registers"] <= 255 for build in builds)

@@ -79,12 +79,12 @@ def seeded(*case) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
 
 
-def off(found, exact) -> dict[str, float]:
+def off(results, exact) -> dict[str, float]:
     """How far each result lies from float64, in the norm and relative to it."""
     distances = {}
     for name, value in exact.items():
-        assert found[name].isfinite().all() and found[name].shape == value.shape, name
-        distance = float((found[name].double().cpu() - value).norm())
+        assert results[name].isfinite().all() and results[name].shape == value.shape, name
+        distance = float((results[name].double().cpu() - value).norm())
         distances[name] = distance and distance / max(float(value.norm()), 1e-30)
     return distances
 
@@ -163,8 +163,8 @@ def afd_hold(draws, dtype, slope=0.7, weights=WEIGHTS, hard=False):
     exact = afd_exactly(draws[0], wrong, slope, *weights.values())
 
     def eager(operands):
-        found, wrong = afd_run(afd.afd_loss_reference, products.afd_gradients_reference, operands, slope, weights)
-        return off(found, afd_exactly(operands, wrong, slope, *weights.values()))
+        results, wrong = afd_run(afd.afd_loss_reference, products.afd_gradients_reference, operands, slope, weights)
+        return off(results, afd_exactly(operands, wrong, slope, *weights.values()))
 
     hold(off(fused, exact), map(eager, [*draws, *beside(draws[0])]), None if hard else dtype)
     y, z = draws[0][2], exact["logits"].clone()
@@ -243,9 +243,9 @@ def test_afd_loss_on_hard_inputs(case, classes, dtype):
     elif case == "equal features":  # as at the start of training
         d1, d2 = torch.eye(33, dtype=dtype), torch.eye(33, dtype=dtype)
         t = g.clone()
-    found, _ = afd_hold([[g, t, y, d1, d2, w, b]], dtype, weights=weights, hard=True)
+    results, _ = afd_hold([[g, t, y, d1, d2, w, b]], dtype, weights=weights, hard=True)
     if case == "large logits":
-        assert found["logits"].abs().max() > 5e3
+        assert results["logits"].abs().max() > 5e3
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -271,15 +271,15 @@ def test_operands_of_any_strides_and_addresses(classes, dtype):
     results = []
     for operands in (whole, apart):
         operands = [v.to(DEVICE) for v in operands] if not INTERPRETED else operands
-        found = afd.afd_loss_fused(*operands, *WEIGHTS.values())
+        results = afd.afd_loss_fused(*operands, *WEIGHTS.values())
         g, _, _, d1, _, w, _ = operands
-        grads = products.afd_gradients_fused(torch.ones((), device=DEVICE), g, d1, w, *found[4:], 0.6)
-        results.append([*found, *grads, head.attack_head_fused(g, operands[2], w, operands[6])])
+        grads = products.afd_gradients_fused(torch.ones((), device=DEVICE), g, d1, w, *results[4:], 0.6)
+        results.append([*results, *grads, head.attack_head_fused(g, operands[2], w, operands[6])])
     assert all(torch.equal(a, b) for a, b in zip(*results))
     g, _, y, d1, _, w, b = whole
-    found = afd.afd_loss_reference(*whole, *WEIGHTS.values())
-    grads = products.afd_gradients_reference(torch.ones(()), g, d1, w, *found[4:], 0.6)
-    for mine, theirs in zip(results[0], [*found, *grads, head.attack_head_reference(g, y, w, b)], strict=True):
+    results = afd.afd_loss_reference(*whole, *WEIGHTS.values())
+    grads = products.afd_gradients_reference(torch.ones(()), g, d1, w, *results[4:], 0.6)
+    for mine, theirs in zip(results[0], [*results, *grads, head.attack_head_reference(g, y, w, b)], strict=True):
         assert (mine.dtype, mine.shape, mine.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
 
 
@@ -366,11 +366,11 @@ def test_linf_step_is_the_reference_bit_for_bit(shape, slope, pixels):
     grad = torch.randn(shape, generator=generator).to(slope)  # not channels_last
     grad[0, 0, 0, :3] = torch.tensor([0.0, float("nan"), float("inf")])
     x_adv[0, 0, 0, 3] = float("nan")
-    expected, found = x_adv.clone(), x_adv.to(DEVICE, copy=True)
+    expected, stepped = x_adv.clone(), x_adv.to(DEVICE, copy=True)
     linf.linf_step_reference(expected, grad, x, 8 / 255, 2 / 255)
-    linf.linf_step_fused(found, grad.to(DEVICE), x.to(DEVICE), 8 / 255, 2 / 255)
-    assert found.dtype == pixels and found.stride() == x_adv.stride()
-    assert found[0, 0, 0, 3].isnan() and torch.equal(found.cpu().nan_to_num(-1), expected.nan_to_num(-1))
+    linf.linf_step_fused(stepped, grad.to(DEVICE), x.to(DEVICE), 8 / 255, 2 / 255)
+    assert stepped.dtype == pixels and stepped.stride() == x_adv.stride()
+    assert stepped[0, 0, 0, 3].isnan() and torch.equal(stepped.cpu().nan_to_num(-1), expected.nan_to_num(-1))
     if pixels == torch.float32:
         moved = expected.nan_to_num()
         assert (expected - x).nan_to_num().abs().max() <= 8 / 255 + 1e-7 and moved.min() >= 0 and moved.max() <= 1
@@ -397,8 +397,8 @@ def test_augment_is_the_reference_bit_for_bit(shape, padding):
     offsets[0] = torch.tensor([0, 2 * padding])
     flips = torch.rand(shape[0], generator=generator) < 0.5
     expected = crop.augment_reference(x, offsets, flips, padding)
-    found = crop.augment_fused(x.to(DEVICE), offsets.to(DEVICE), flips.to(DEVICE), padding)
-    assert torch.equal(found.cpu(), expected) and found.stride() == expected.stride()
+    cropped = crop.augment_fused(x.to(DEVICE), offsets.to(DEVICE), flips.to(DEVICE), padding)
+    assert torch.equal(cropped.cpu(), expected) and cropped.stride() == expected.stride()
 
 
 # -- kl_loss ------------------------------------------------------------------------------------------------------

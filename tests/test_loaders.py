@@ -211,10 +211,10 @@ def test_usage_errors_of_loaders(split, cache):
 
 def test_without_ffcv_one_line_and_resident(split, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)  # what makes `import ffcv` fail
-    said: list[str] = []
-    loader = loader_of("ffcv", split, tmp_path, report=said.append)
+    lines: list[str] = []
+    loader = loader_of("ffcv", split, tmp_path, report=lines.append)
     assert loader.kind == "resident"
-    assert len(said) == 1 and "\n" not in said[0] and "ffcv cannot be imported" in said[0] and "resident" in said[0]
+    assert len(lines) == 1 and "\n" not in lines[0] and "ffcv cannot be imported" in lines[0] and "resident" in lines[0]
     assert not list(tmp_path.iterdir())
     assert_same(loader.epoch(0), loader_of("resident", split, tmp_path).epoch(0))
 
@@ -238,15 +238,15 @@ def test_a_failing_pipeline_is_an_error_and_no_endless_wait(split, cache):
 
 @needs_ffcv
 def test_beton_is_reused(split, tmp_path):
-    said: list[str] = []
-    path = ensure_beton(split, "digits-train", tmp_path, said.append)
+    lines: list[str] = []
+    path = ensure_beton(split, "digits-train", tmp_path, lines.append)
     assert path.name == f"digits-train-{split.fingerprint[:12]}.beton"
-    assert len(said) == 1 and "300 images" in said[0]
+    assert len(lines) == 1 and "300 images" in lines[0]
     side = json.loads(path.with_suffix(".json").read_text())
     assert (side["fingerprint"], side["images"], side["image_size"]) == (split.fingerprint, 300, 32)
     assert (side["bytes"], side["mtime_ns"]) == (path.stat().st_size, path.stat().st_mtime_ns)
-    assert ensure_beton(split, "digits-train", tmp_path, said.append) == path
-    assert path.stat().st_mtime_ns == side["mtime_ns"] and len(said) == 1
+    assert ensure_beton(split, "digits-train", tmp_path, lines.append) == path
+    assert path.stat().st_mtime_ns == side["mtime_ns"] and len(lines) == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, path.with_suffix(".json").name])
 
 
@@ -302,9 +302,9 @@ def test_beton_is_rebuilt_when_damaged(damage, split, tmp_path):
     path = ensure_beton(split, "digits", tmp_path, print)
     good = path.read_bytes()
     DAMAGES[damage](path)
-    said: list[str] = []
-    assert ensure_beton(split, "digits", tmp_path, said.append) == path
-    assert "rebuilding it from its source" in said[0] and len(said) == 2 and "\n" not in said[0]
+    lines: list[str] = []
+    assert ensure_beton(split, "digits", tmp_path, lines.append) == path
+    assert "rebuilding it from its source" in lines[0] and len(lines) == 2 and "\n" not in lines[0]
     assert path.read_bytes() == good
     assert find_fault(path, path.with_suffix(".json"), split) is None
 
@@ -314,20 +314,20 @@ def test_a_touched_or_copied_beton_is_kept(split, tmp_path):
     path = ensure_beton(split, "digits", tmp_path, print)
     os.utime(path)
     touched = path.stat().st_mtime_ns
-    said: list[str] = []
-    ensure_beton(split, "digits", tmp_path, said.append)
-    assert not said and path.stat().st_mtime_ns == touched
+    lines: list[str] = []
+    ensure_beton(split, "digits", tmp_path, lines.append)
+    assert not lines and path.stat().st_mtime_ns == touched
     assert json.loads(path.with_suffix(".json").read_text())["mtime_ns"] == touched
 
 
 @needs_ffcv
 def test_a_changed_source_gets_a_new_beton(split, tmp_path):
-    said: list[str] = []
-    path = ensure_beton(split, "digits", tmp_path, said.append)
+    lines: list[str] = []
+    path = ensure_beton(split, "digits", tmp_path, lines.append)
     images = split.images().copy()
     images[0, 0, 0, 0] ^= 1
-    new = ensure_beton(ArraySplit(images, split.labels), "digits", tmp_path, said.append)
-    assert new != path and "the source is not that of" in said[1] and path.name in said[1]
+    new = ensure_beton(ArraySplit(images, split.labels), "digits", tmp_path, lines.append)
+    assert new != path and "the source is not that of" in lines[1] and path.name in lines[1]
 
 
 @needs_ffcv
@@ -369,7 +369,7 @@ def test_a_page_cut_short_unnoticed_leaves_nothing(split, tmp_path, monkeypatch)
         self.fp.truncate(self.fp.tell() - 1000)
 
     monkeypatch.setattr(MemoryAllocator, "flush_page", cut_short)
-    with pytest.raises(RunError, match="bytes arrived of"):
+    with pytest.raises(RunError, match="bytes of"):
         ensure_beton(split, "digits", tmp_path, print)
     assert not list(tmp_path.iterdir())
 
@@ -411,9 +411,9 @@ def test_two_writers_at_once(split, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(lambda _: ensure_beton(split, "digits", tmp_path, print), range(4)))
     assert len(set(paths)) == 1 and len(list(tmp_path.iterdir())) == 2
-    said: list[str] = []
-    ensure_beton(split, "digits", tmp_path, said.append)
-    assert not said
+    lines: list[str] = []
+    ensure_beton(split, "digits", tmp_path, lines.append)
+    assert not lines
 
 
 @needs_ffcv

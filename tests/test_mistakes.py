@@ -272,10 +272,10 @@ cli.run(main, sys.argv[1:])
     process = subprocess.Popen(command, **pipes, text=True, env=environment)
     process.stdout.close()
     process.stdin.close()
-    said = "" if closed == "both" else process.stderr.read()
+    errors = "" if closed == "both" else process.stderr.read()
     assert process.wait() == (2 if what == "mistake" else 1)
-    assert "Traceback" not in said and "BrokenPipe" not in said and "Exception ignored" not in said
-    assert ("a mistake" in said) == (what == "mistake" and closed == "stdout")
+    assert "Traceback" not in errors and "BrokenPipe" not in errors and "Exception ignored" not in errors
+    assert ("a mistake" in errors) == (what == "mistake" and closed == "stdout")
 
 
 def test_a_pretraining_folder_is_not_taken_for_another_model(tmp_path, capsys):

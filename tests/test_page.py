@@ -72,11 +72,11 @@ def alone(page):
 
 
 def pictures(page):
-    found = {}
+    by_text = {}
     for image in page.all("img"):
         kind, data = re.fullmatch(r"data:image/(\S+);base64,(.*)", image["src"]).groups()
-        found[image["alt"]] = (kind, base64.b64decode(data))
-    return found
+        by_text[image["alt"]] = (kind, base64.b64decode(data))
+    return by_text
 
 
 def test_one_run(tmp_path):
@@ -103,8 +103,8 @@ def test_a_run_from_before_settings_had_dotted_names(tmp_path):
 
 def test_autoattack_by_evaluation_later_is_shown(tmp_path):
     run = make_run(tmp_path / "run")
-    found = {"dataset": "digits", "autoattack": {"accuracy": 0.45, "interval": [0.26, 0.66], "n": 20}}
-    (run.folder / "evaluation-autoattack.json").write_text(json.dumps(found))
+    later = {"dataset": "digits", "autoattack": {"accuracy": 0.45, "interval": [0.26, 0.66], "n": 20}}
+    (run.folder / "evaluation-autoattack.json").write_text(json.dumps(later))
     assert re.search(
         r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00.{0,20}n=10045\.00 \[26\.0, 66\.0\] n=20", page_of(tmp_path, [run]).text
     )
@@ -112,12 +112,12 @@ def test_autoattack_by_evaluation_later_is_shown(tmp_path):
 
 def test_examples_show_what_was_kept(tmp_path):
     run = make_run(tmp_path / "run")
-    found = pictures(alone(page_of(tmp_path, [run])))
+    by_text = pictures(alone(page_of(tmp_path, [run])))
     kept = run.samples
 
     def pixels(alt):
-        assert found[alt][0] == "png"
-        return np.asarray(Image.open(io.BytesIO(found[alt][1])))
+        assert by_text[alt][0] == "png"
+        return np.asarray(Image.open(io.BytesIO(by_text[alt][1])))
 
     assert np.array_equal(pixels("clean image of cat, taken for cat"), kept["images"][0])
     change = kept["perturbation"][2].astype(np.float64)
@@ -169,13 +169,13 @@ def test_figures_are_inlined(tmp_path):
 
 def test_every_second_is_in_one_part(tmp_path):
     run = make_run(tmp_path / "run")
-    found = seconds_by_part(run)
-    assert found == {"pre-training": 2.0, "data": 1.5, "attack": 6.0, "other": 2.5, "evaluation": 3.0}
+    parts = seconds_by_part(run)
+    assert parts == {"pre-training": 2.0, "data": 1.5, "attack": 6.0, "other": 2.5, "evaluation": 3.0}
     page = page_of(tmp_path, [run])
     widths = [
         float(span["style"].removeprefix("width:").removesuffix("%")) for span in page.all("span") if "style" in span
     ]
-    assert widths == pytest.approx([100 * spent / 15 for spent in found.values()], abs=0.001)
+    assert widths == pytest.approx([100 * spent / 15 for spent in parts.values()], abs=0.001)
 
 
 def test_a_table_is_rendered_twice():

@@ -82,10 +82,10 @@ def test_a_part_out_of_time_is_ended_with_its_children_and_the_next_one_runs(par
     assert parts.run(chosen, 100, tmp_path) == 1
     assert time.monotonic() - began < 30
     summary = json.loads((tmp_path / "summary.json").read_text())
-    found = {row["part"]: (row["result"], row["line"]) for row in summary["rows"]}
-    pid = re.fullmatch(r"child (\d+)", found.pop("slow")[1])[1]
+    outcomes = {row["part"]: (row["result"], row["line"]) for row in summary["rows"]}
+    pid = re.fullmatch(r"child (\d+)", outcomes.pop("slow")[1])[1]
     assert not running(int(pid))
-    assert found == {
+    assert outcomes == {
         "wrong": ("failed", "no such kernel"),
         "right": ("ok", "5 passed"),
         "not here": ("left out", "takes minutes"),
@@ -229,21 +229,21 @@ def test_training_commands_are_ones_that_training_takes(reproduce, tmp_path):
     from fastafd import train
     from fastafd.recipes import find_recipe
 
-    found = {}
+    configs = {}
     finished(tmp_path / "runs" / "natural", 0.0)
     (tmp_path / "runs" / "natural" / "model.safetensors").touch()
     for name, command in commands_of(reproduce, tmp_path).items():
         if name.startswith(("afd", "vaft")):
             words = command()
             assert words[:3] == [sys.executable, "-m", "fastafd.train"]
-            found[name] = train.parse(words[3:])
-    released, paper = found["afd-released"], found["afd-paper"]
+            configs[name] = train.parse(words[3:])
+    released, paper = configs["afd-released"], configs["afd-paper"]
     assert (released.method, released.sgd) == (find_recipe("released").method, find_recipe("released").sgd)
     assert (paper.method, paper.sgd) == (find_recipe("paper").method, find_recipe("paper").sgd)
-    assert found["vaft-matched"].sgd == released.sgd and found["vaft-matched"].attack == released.attack
-    assert found["afd-own"].pretrained == str(tmp_path / "runs" / "natural")
-    assert {config.eval_n for config in found.values()} == {None} and released.pretrained == "example"
-    tried = [config for name, config in found.items() if name.startswith("afd-released-")]
+    assert configs["vaft-matched"].sgd == released.sgd and configs["vaft-matched"].attack == released.attack
+    assert configs["afd-own"].pretrained == str(tmp_path / "runs" / "natural")
+    assert {config.eval_n for config in configs.values()} == {None} and released.pretrained == "example"
+    tried = [config for name, config in configs.items() if name.startswith("afd-released-")]
     assert len({str(config) for config in tried}) == 6  # each is another one
 
 
@@ -283,8 +283,8 @@ def test_runs_are_collected_and_shown_beside_the_paper(reproduce, monkeypatch, t
     (tmp_path / "runs").rename(out / "runs")
     reproduce.collect(out)
     (file,) = out.glob("*.json")
-    found = json.loads(file.read_text())
-    assert found["run"] == file.stem == "afd-released" and [line["step"] for line in found["log"]] == [39, 78]
+    result = json.loads(file.read_text())
+    assert result["run"] == file.stem == "afd-released" and [line["step"] for line in result["log"]] == [39, 78]
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     lines = table.reproduced().splitlines()
     ours = next(line for line in lines if line.startswith("| AFD, recipe `released` |"))
@@ -306,8 +306,8 @@ def test_a_rehearsal_of_a_run_its_attack_and_its_resumption(reproduce, parts, ci
     chosen = {part.name: part for part in reproduce.parts(tmp_path, "cpu", True, few)}
     some = [chosen[name] for name in ("vaft-matched", "autoattack-vaft", "natural", "natural-pgd20")]
     assert parts.run(some, 600, tmp_path, after=lambda: reproduce.collect(tmp_path)) == 0
-    found = json.loads((tmp_path / "vaft-matched.json").read_text())
-    assert found["models"]["vAFT"]["autoattack"]["n"] == 2 and found["config"]["matched"]
-    assert {"gap_linf", "seconds"} <= set(found["log"][-1]) and found["seconds"]["finetuning"]["wall"] > 0
+    result = json.loads((tmp_path / "vaft-matched.json").read_text())
+    assert result["models"]["vAFT"]["autoattack"]["n"] == 2 and result["config"]["matched"]
+    assert {"gap_linf", "seconds"} <= set(result["log"][-1]) and result["seconds"]["finetuning"]["wall"] > 0
     natural = json.loads((tmp_path / "natural.json").read_text())
     assert natural["clean"]["n"] == 4 and natural["seconds"]["wall"] > 0

@@ -117,8 +117,8 @@ def test_natural_models_that_runs_began_with(tmp_path):
     write_run(tmp_path / "pgd_at", "PGD-AT", "pgd_at", (0.85, 0.5, 0.4), begins="scratch")
     write_run(tmp_path / "wide", "AFD", "released", (0.85, 0.5, 0.4), arch="wrn34_10", natural=0.97)
     lines = printed(results, read_runs([tmp_path])).splitlines()
-    found = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Natural |")]
-    assert [(line[1], line[3][:12], *line[7:]) for line in found] == [
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Natural |")]
+    assert [(line[1], line[3][:12], *line[7:]) for line in rows] == [
         ("resnet18", "95.00 ± 1.41", "40"),
         ("resnet18", "93.00 [92.5,", "not known", "pretrained example"),
         ("wrn34_10", "97.00 [96.6,", "40"),
@@ -152,8 +152,8 @@ def test_ablation_and_matched_runs_have_rows_of_their_own(tmp_path):
     write_run(tmp_path / "c", "vAFT", "vaft", (0.83, 0.5, 0.4), matched=True)
     write_run(tmp_path / "d", "vAFT", "vaft", (0.84, 0.5, 0.4))
     table = printed(table3, read_runs([tmp_path]))
-    found = {line.split(" | ")[0].strip("| "): line.split(" | ")[1][:5] for line in table.splitlines()[2:6]}
-    assert found == {"vAFT": "84.00", "vAFT (matched)": "83.00", "vAFT+D": "81.00", "vAFT+A": "82.00"}
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1][:5] for line in table.splitlines()[2:6]}
+    assert cells == {"vAFT": "84.00", "vAFT (matched)": "83.00", "vAFT+D": "81.00", "vAFT+A": "82.00"}
     assert row(printed(table1, read_runs([tmp_path])), "vAFT (matched)")[1].startswith("83.00")
 
 
@@ -222,7 +222,7 @@ def test_figures_of_the_paper_are_what_its_text_says():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ([], "got nothing to report, takes one of results, table1"),
         (["table9", "HERE"], "takes one of results, table1, .*did you mean table"),
@@ -231,7 +231,7 @@ def test_figures_of_the_paper_are_what_its_text_says():
         (["table1", "HERE", "--outt", "x"], "did you mean --out"),
     ],
 )
-def test_mistakes(words, said, tmp_path):
+def test_mistakes(words, message, tmp_path):
     folder = write_run(tmp_path / "vaft", "vAFT", "vaft", (0.8, 0.5, 0.4))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         report.main([str(folder) if word == "HERE" else word for word in words])

@@ -25,18 +25,18 @@ def sweep(monkeypatch):
 
 @pytest.mark.parametrize("scale", ["cifar10", "digits", "small"])
 def test_flags_are_ones_that_training_takes(sweep, scale, tmp_path):
-    found = {}
+    configs = {}
     for name, flags in sweep.runs_of("methods", sweep.SCALES[scale], 2, tmp_path).items():
-        found[name] = train.parse(flags)
-        assert found[name].autoattack_n == 0 and found[name].task.seed == int(name[-1])
-    methods = {config.method.label for config in found.values()}
-    assert methods == {RECIPES[name]().method.label for name in RECIPES} and len(found) == 2 * 15
-    assert found["vaft-matched-seed0"].matched and not found["vaft-seed0"].matched
-    assert found["rift-seed1"].pretrained == str(tmp_path / "pgd_at-seed1")
-    names = list(found)
+        configs[name] = train.parse(flags)
+        assert configs[name].autoattack_n == 0 and configs[name].task.seed == int(name[-1])
+    methods = {config.method.label for config in configs.values()}
+    assert methods == {RECIPES[name]().method.label for name in RECIPES} and len(configs) == 2 * 15
+    assert configs["vaft-matched-seed0"].matched and not configs["vaft-seed0"].matched
+    assert configs["rift-seed1"].pretrained == str(tmp_path / "pgd_at-seed1")
+    names = list(configs)
     assert names.index("pgd_at-seed0") < names.index("rift-seed0")
     if scale == "cifar10":
-        for name, config in found.items():
+        for name, config in configs.items():
             recipe = find_recipe(name.split("-")[0])
             assert config.sgd == (recipe.sgd if "matched" not in name else find_recipe("released").sgd)
 
@@ -44,9 +44,9 @@ def test_flags_are_ones_that_training_takes(sweep, scale, tmp_path):
 def test_weights_go_around_the_papers_one_at_a_time(sweep, tmp_path):
     released = find_recipe("released").method
     for weight, values in sweep.WEIGHTS.items():
-        found = sweep.runs_of(weight, sweep.SCALES["digits"], 1, tmp_path)
-        assert list(found) == [f"{weight}-{value:g}-seed0" for value in values]
-        methods = [train.parse(flags).method for flags in found.values()]
+        runs = sweep.runs_of(weight, sweep.SCALES["digits"], 1, tmp_path)
+        assert list(runs) == [f"{weight}-{value:g}-seed0" for value in values]
+        methods = [train.parse(flags).method for flags in runs.values()]
         assert released in methods and len(set(methods)) == len(values)
         others = {"alpha": ("beta", "gamma"), "beta": ("alpha", "gamma"), "gamma": ("alpha", "beta")}[weight]
         for method, value in zip(methods, values, strict=True):
@@ -78,8 +78,8 @@ def test_what_is_done_is_left_alone_and_what_was_begun_goes_on(sweep, monkeypatc
         (tmp_path / name / "config.yaml").touch()
     (tmp_path / "released-seed0" / "result.json").write_text(json.dumps({}))
     only = ["--only", "released-seed0", "vaft-seed0", "trades-seed0", "atas-seed0"]
-    given = ["methods", "--scale", "digits", "--out", str(tmp_path), *only, "--", "--epochs", "1"]
-    assert sweep.main(given) == 1
+    flags = ["methods", "--scale", "digits", "--out", str(tmp_path), *only, "--", "--epochs", "1"]
+    assert sweep.main(flags) == 1
     trained = [words for module, words in calls if module == "fastafd.train"]
     assert trained[0] == ["--resume", str(tmp_path / "vaft-seed0")]
     assert [words[-4:-2] for words in trained[1:]] == [["--epochs", "1"]] * 2
@@ -87,7 +87,7 @@ def test_what_is_done_is_left_alone_and_what_was_begun_goes_on(sweep, monkeypatc
     assert attacked == ["released-seed0", "vaft-seed0", "atas-seed0"]
     assert "trades-seed0: exit code 1" in capsys.readouterr().out
     calls.clear()
-    sweep.main(given)
+    sweep.main(flags)
     assert [Path(words[-1]).name for _, words in calls] == ["trades-seed0"]
 
 

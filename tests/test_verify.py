@@ -41,18 +41,18 @@ GROUPS = {"attack", "loss terms", "gradients", "gradients' lengths", "weights", 
 def test_the_fast_step_is_verified(amp, tmp_path, capsys):
     out = tmp_path / "certificate.json"
     verify.main([*SMALL, "--amp", amp, "--out", str(out)])
-    found = json.loads(out.read_text())
-    assert found["verified"] and found["amp"] == amp and found["versions"]["torch"] == torch.__version__
-    assert found["arch"] == "resnet8_half" and found["recipe"] == "released" and not found["kernels"]
-    groups = {row["group"] for row in found["rows"]}
+    result = json.loads(out.read_text())
+    assert result["verified"] and result["amp"] == amp and result["versions"]["torch"] == torch.__version__
+    assert result["arch"] == "resnet8_half" and result["recipe"] == "released" and not result["kernels"]
+    groups = {row["group"] for row in result["rows"]}
     assert groups >= GROUPS | {f"float64, {group}" for group in GROUPS - {"gradients' lengths"}}
-    named = {row["quantity"] for row in found["rows"]}
+    named = {row["quantity"] for row in result["rows"]}
     assert {"mean cross-entropy", "alignment", "d2.weight", "backbone.layer3.0.bn2.running_var"} <= named
-    assert all(0 <= row["fast"] <= row["limit"] for row in found["rows"])
-    assert sum((row["eager"] or 0) > 0 for row in found["rows"]) > 100
-    said = capsys.readouterr()
-    assert "TOO FAR" not in said.out and "no kernel ran: on a CPU and without" in said.err
-    assert "resnet8_half takes about two minutes" in said.err and "verified in" in said.err
+    assert all(0 <= row["fast"] <= row["limit"] for row in result["rows"])
+    assert sum((row["eager"] or 0) > 0 for row in result["rows"]) > 100
+    output = capsys.readouterr()
+    assert "TOO FAR" not in output.out and "no kernel ran: on a CPU and without" in output.err
+    assert "resnet8_half takes about two minutes" in output.err and "verified in" in output.err
 
 
 @pytest.mark.slow
@@ -65,13 +65,13 @@ def test_steps_of_other_methods_are_verified(recipe):
 def test_a_planted_fault_is_found_where_it_stands(name):
     fault = FAULTS[name]
     with uncompiled(), fault.plant():
-        found = certificate(*ARGUMENTS, "--recipe", fault.recipe)
+        result = certificate(*ARGUMENTS, "--recipe", fault.recipe)
     if name == "no fault, kernels":
-        assert found["kernels"].keys() == {"augment", "attack_head", "linf_step", "afd_loss", "afd_gradients"}
+        assert result["kernels"].keys() == {"augment", "attack_head", "linf_step", "afd_loss", "afd_gradients"}
     if fault.group:
-        assert not found["verified"] and any(group.startswith(fault.group) for group in far(found)), far(found)
+        assert not result["verified"] and any(group.startswith(fault.group) for group in far(result)), far(result)
     else:
-        assert found["verified"], far(found)
+        assert result["verified"], far(result)
 
 
 @pytest.mark.parametrize("recipe, message", [("atas", "takes one whose attack the fast engine"), ("rift", "arrest")])
@@ -167,17 +167,17 @@ def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, amp, 
 
     monkeypatch.setattr(verify, "build_step", recorded)
     with uncompiled():
-        found = certificate(*SMALL, "--amp", amp)
-    (unreplayed,) = [row for row in found["rows"] if row["quantity"] == "steps that were not replayed"]
+        result = certificate(*SMALL, "--amp", amp)
+    (unreplayed,) = [row for row in result["rows"] if row["quantity"] == "steps that were not replayed"]
     _, step = fast  # that of float64 is compared without its graph
     assert step.graphs.replays == 3 - unreplayed["fast"] and len(step.graphs.recorded) == (graphs is not Refuses)
     if group is None:
-        assert found["verified"] and unreplayed["fast"] == 0
+        assert result["verified"] and unreplayed["fast"] == 0
         wanted = {f"graph, {name}" for name in GROUPS - {"attack", "gradients' lengths"}}
-        assert wanted <= {row["group"] for row in found["rows"]}
+        assert wanted <= {row["group"] for row in result["rows"]}
     else:
-        assert not found["verified"] and any(name.startswith(group) for name in far(found))
-        assert all(name.startswith("graph") for name in far(found))
+        assert not result["verified"] and any(name.startswith(group) for name in far(result))
+        assert all(name.startswith("graph") for name in far(result))
 
 
 # -- what a verdict is made of --------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def test_ties_of_wrong_classes_do_not_decide_over_a_kernel(monkeypatch):
     results = list(takes_the_other(*operands))
     assert (results[3] != wrong).any() and float((results[6] - dz).norm()) > 0.1
     monkeypatch.setattr(operation, "fused", takes_the_other)
-    found = deviations("afd_loss", Launch(operands, results))
-    assert found["wrong labels"].fused == 0 and found["gradients of logits"].fused < 1e-3
+    by_result = deviations("afd_loss", Launch(operands, results))
+    assert by_result["wrong labels"].fused == 0 and by_result["gradients of logits"].fused < 1e-3
 
 
 def test_a_kernel_is_checked_at_each_of_its_shapes():

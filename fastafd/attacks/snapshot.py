@@ -150,7 +150,7 @@ class Snapshot(nn.Module):
         read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
 
         def plain(node: fx.Node, kind: type[nn.Module]) -> bool:
-            """True if the node calls a module of exactly this class on one operand, and nothing else reads its weights."""
+            """True if the node calls exactly this class on one operand, and nothing else reads the module's tensors."""
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             hooked = type(module) is kind and (module._forward_hooks or module._forward_pre_hooks)
             looked_at = any(name.startswith(f"{node.target}.") for name in read)
