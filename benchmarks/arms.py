@@ -1,4 +1,4 @@
-"""Seconds of an AFD step with each form of the attack's convolutions, beside the plain form's: what a GPU decides on.
+"""The seconds of an AFD step with each form of the attack's convolutions, beside the plain form: a GPU decides on them.
 
     python -m benchmarks.arms [--arch resnet18] [--batch 128] [--steps 20] [--rounds 5] [--out FILE]
     python -m benchmarks.arms --device cpu --tiny --out FILE      # a rehearsal: the forms run their references there
@@ -46,7 +46,7 @@ from fastafd.training.engine import Fast
 from fastafd.training.step import TrainStep
 
 FORMS: dict[str, Form | None] = {"plain": (), "chosen": None} | {name: (name,) for name in ARMS}
-# The environment of a process of its own, and the form that is timed there
+# The environment of the separate process in which a form is timed, and the form
 PROCESSES: dict[str, tuple[dict[str, str], str]] = {
     "layout": ({"TORCHINDUCTOR_FORCE_LAYOUT_OPT": "1"}, "plain"),
     "templates": (
@@ -54,13 +54,21 @@ PROCESSES: dict[str, tuple[dict[str, str], str]] = {
         "turned",
     ),
 }
-ORDER = ("chosen", "fused", "layout", "bits", "turned", "templates", "padded")  # what may decide most comes first
-SAME = ("device", "torch", "arch", "batch", "amp")  # of a FILE that a run goes on with
+ORDER = (
+    "chosen",
+    "fused",
+    "layout",
+    "bits",
+    "turned",
+    "templates",
+    "padded",
+)  # the forms that may matter most come first
+SAME = ("device", "torch", "arch", "batch", "amp")  # these must agree to continue with a FILE
 OFF = 0.01
 
 
 def step_with(net: nn.Module, amp: str, form: Form | None) -> TrainStep:
-    """fastafd's step whose attack has this form wherever it applies; None: as its own timings say."""
+    """fastafd's step whose attack uses this form wherever it applies; None: the forms that its timings choose."""
     step = our_step(net, "afd", amp, "fast")
     assert isinstance(step.engine, Fast) and step.engine.choice is not None
     step.engine.choice.forced = form
@@ -68,7 +76,7 @@ def step_with(net: nn.Module, amp: str, form: Form | None) -> TrainStep:
 
 
 def needs(name: str, device: torch.device) -> str:
-    """What a form cannot do without and has not, or nothing."""
+    """What a form needs and this machine does not have; empty if nothing is missing."""
     if name == "templates" and device.type != "cuda":
         return "needs CUDA"
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
@@ -76,7 +84,7 @@ def needs(name: str, device: torch.device) -> str:
 
 
 def measure(args: argparse.Namespace, device: torch.device, result: dict[str, Any], out: Path) -> None:
-    """A row for each form, written to `out` as soon as it is there."""
+    """Add a row for each form to `result`, and write it to `out` at once."""
     amp = result["amp"]
     losses: dict[str, float] = {}
     torch.manual_seed(0)
@@ -87,7 +95,7 @@ def measure(args: argparse.Namespace, device: torch.device, result: dict[str, An
         step = step_with(net, amp, FORMS[name])
         losses[name] = float(step(*batches[0])["loss"])
         if name == "chosen":
-            result["chosen"] = step.arms  # nothing on a CPU: nothing is timed there
+            result["chosen"] = step.arms  # empty on a CPU, where nothing is timed
         return step
 
     plain = built("plain")
@@ -113,7 +121,7 @@ def measure(args: argparse.Namespace, device: torch.device, result: dict[str, An
                 of_plain = before["plain"]["step_s"] + after["plain"]["step_s"]
                 x_plain = statistics.median(apart["step_s"]) / statistics.median(of_plain)
                 row |= apart | {"plain_step_s": of_plain, "x_plain": x_plain}
-        except Exception as error:  # whatever a compiler or a library has against a form: the others go on
+        except Exception as error:  # a compiler or a library may raise anything; the other forms go on
             row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         if "loss" in row:
             row["off"] = abs(row["loss"] / losses["plain"] - 1)
@@ -126,7 +134,7 @@ def measure(args: argparse.Namespace, device: torch.device, result: dict[str, An
 
 
 def in_a_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Seconds of a step in each round, and the first step's loss, where the environment says how to compile."""
+    """Time a form in a separate process, because it needs another environment: seconds of each round, first loss."""
     environment, form = PROCESSES[name]
     command = [sys.executable, "-m", "benchmarks.arms", "--only", form, "--arch", args.arch, "--device", args.device]
     for flag in ("batch", "steps", "rounds"):
@@ -139,7 +147,7 @@ def in_a_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def only(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One form alone, in this process."""
+    """Time one form alone, in this process."""
     torch.manual_seed(0)
     step = step_with(build_model(args.arch, 10).to(device), resolve_amp("auto", device), FORMS[args.only])
     batches = random_batches(args.batch, args.steps, device)
@@ -149,7 +157,7 @@ def only(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A form in words."""
+    """The name of a form."""
     if "failed" in row:
         return f"{row['form']}: no, {row['failed']}"
     wrong = f", WRONG: its loss is off by {row['off']:.1%}" if not row["off"] <= OFF else ""
@@ -184,7 +192,7 @@ def main(argv: list[str]) -> int:
     result |= {"arch": args.arch, "batch": args.batch, "amp": resolve_amp("auto", device)}
     result |= {"references": device.type == "cpu", "rows": []}
     earlier = json.loads(out.read_text()) if out.exists() else {}
-    if all(earlier.get(key) == result[key] for key in SAME):  # it was cut short
+    if all(earlier.get(key) == result[key] for key in SAME):  # the earlier run was cut short
         result["rows"] = [row for row in earlier["rows"] if "failed" not in row]
     note = "; the forms run as their references: these figures say nothing of a GPU" if device.type == "cpu" else ""
     print(f"{args.arch}, batch {args.batch}, {result['device']}, PyTorch {torch.__version__}{note}", flush=True)

@@ -27,7 +27,7 @@ FORMS = ("naive", "paper-style", "strong", "compiled", "fast")
 @pytest.mark.parametrize("form", FORMS)
 def test_step(form: str, benchmark: Any) -> None:
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # for every form: cuDNN remembers for a shape whichever came first
+    torch.backends.cudnn.benchmark = True  # for every form, because cuDNN keeps the first choice for a shape
     net = build_model(ARCH, 10).to(DEVICE)
     step = step_forms(net, "afd", resolve_amp("auto", DEVICE), [])[form]()
     (batch,) = random_batches(BATCH, 1, DEVICE)

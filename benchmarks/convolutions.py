@@ -1,4 +1,4 @@
-"""Times of every distinct convolution of a network on 32x32 images, against a roofline measured in the same run.
+"""The times of every distinct convolution of a network on 32x32 images, and the roofline measured in the same run.
 
     python -m benchmarks.convolutions [--arch resnet18 wrn34_10] [--batch 128] [--rounds 30] [--out FILE]
     python -m benchmarks.convolutions --templates    # also Triton's templates, which autotune first
@@ -40,7 +40,7 @@ from fastafd.attacks.arms import turned_gradient, turned_weights
 from fastafd.models import build_model
 
 HERE = Path(__file__).parent
-# Each other form, and the one whose result it must have.
+# Each form, and the form whose result it must reproduce.
 SAME = {
     "dgrad as forward": "dgrad",
     "compiled": "bias, ReLU",
@@ -49,14 +49,14 @@ SAME = {
     "forward of 8": "forward",
     "dgrad of 8": "dgrad",
 }
-OFF = 0.02  # how far a result may be from it, in the norm and relative: several roundings to bf16
-RATES = ("forward", "dgrad")  # the forms whose TFLOP/s and sums are given
+OFF = 0.02  # the largest relative distance of a result, in the norm: several rounding errors of bf16
+RATES = ("forward", "dgrad")  # the forms whose TFLOP/s and sums the table shows
 OTHERS = ("dgrad as forward", "wgrad", "bias, ReLU", *list(SAME)[1:])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A square convolution without bias whose padding is half its kernel."""
+    """A square convolution without bias; its padding is half its kernel."""
 
     c_in: int
     side: int
@@ -76,13 +76,13 @@ class Shape:
         return 2 * batch * self.out_side**2 * self.c_out * self.c_in * self.kernel**2
 
     def numbers(self, batch: int) -> int:
-        """How many numbers are in its input, weight and output together."""
+        """The number of values in its input, weight and output together."""
         images = batch * (self.c_in * self.side**2 + self.c_out * self.out_side**2)
         return images + self.c_out * self.c_in * self.kernel**2
 
 
 def shapes(arch: str) -> Counter[Shape]:
-    """The distinct convolutions of a network in the order of its forward pass, and how often it has each."""
+    """The distinct convolutions of a network, in the order of its forward pass, and how often each occurs."""
     counts: Counter[Shape] = Counter()
 
     def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -101,7 +101,7 @@ def shapes(arch: str) -> Counter[Shape]:
 
 
 def draw(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One input set: image, weight, bias and the output's gradient, and what is prepared of them."""
+    """One input set: image, weight, bias, the output's gradient, and tensors prepared from them."""
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype)
@@ -117,12 +117,12 @@ def draw(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def turned(shape: Shape, w: Tensor) -> dict[str, Tensor]:
-    """The weights of the forward convolutions that are the input's gradient, by name."""
+    """The weights of the forward convolutions that give the input's gradient, by name."""
     return {f"turned{i}": v for i, v in enumerate(turned_weights(w, [shape.stride] * 2, [shape.padding] * 2))}
 
 
 def shape_forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Callable[..., Tensor], str]]:
-    """Every form of a convolution, and its operands as `draw` names them."""
+    """Every form of a convolution: its function, and the names that `draw` gives to its operands."""
     stride, padding = [shape.stride] * 2, [shape.padding] * 2
 
     def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def shape_forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Ca
         fused = torch.ops.aten.cudnn_convolution_relu
         forms["cuDNN fused"] = lambda x, w, b: fused(x, w, b, stride, padding, [1, 1], 1), "x w b"
     if cuda and templates:
-        # Inductor makes a product of a 1x1 convolution of stride 1, hence the backends of products.
+        # Inductor turns a 1x1 convolution of stride 1 into a product, so the backends of products are set too.
         backends = {"max_autotune_conv_backends": "TRITON", "max_autotune_gemm_backends": "TRITON"}
         template = torch.compile(biased, dynamic=False, options={"max_autotune": True, **backends})
         forms["Triton template"] = template, "x w b"
@@ -162,14 +162,14 @@ def shape_forms(shape: Shape, cuda: bool, templates: bool) -> dict[str, tuple[Ca
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
-    """Relative to what is expected, in the norm."""
+    """The relative distance from the expected result, in the norm."""
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def times(
     forms: dict[str, tuple[Callable[..., Tensor], str]], sets: list[dict[str, Tensor]], rounds: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Microseconds of every form that works, and why the others do not."""
+    """The microseconds of every form that works, and the reasons why the others do not."""
     us: dict[str, float] = {}
     failed: dict[str, str] = {}
     results: dict[str, Tensor] = {}
@@ -190,7 +190,7 @@ def times(
 
 
 def convolutions_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: for each network a line for every convolution, then what share of the roofline the library reaches."""
+    """Markdown: a line for every convolution, then the share of the roofline that the library reaches."""
     return "\n\n".join(of_arch([row for row in rows if row["arch"] == arch]) for arch in arches(rows))
 
 
@@ -220,7 +220,7 @@ def of_arch(rows: list[dict[str, Any]]) -> str:
 
 
 def convolutions_note(result: dict[str, Any]) -> str:
-    """What was measured on what, and when."""
+    """The line above the table: device, versions, date, type, and the measured limits."""
     return (
         f"{result['device']}, PyTorch {result['torch']}, {result['date']}; {result['dtype']}, batch {result['batch']}; "
         f"a product reaches {result['peak_tflops']:.3g} TFLOP/s, a copy {result['copy_gb_s']:.4g} GB/s."
@@ -261,7 +261,7 @@ def main(argv: list[str]) -> int:
             row |= {"roofline_us": round(max(flops / peak, moved / bandwidth) * 1e6, 2)}
             row |= {"tflops": {form: round(flops / us[form] / 1e6, 4) for form in RATES}, "us": us, "failed": failed}
             result["rows"].append(row)
-            out.write_text(json.dumps(result, indent=1) + "\n")  # a run cut short keeps what it has
+            out.write_text(json.dumps(result, indent=1) + "\n")  # an interrupted run keeps its results
         print(f"\n{convolutions_table([row for row in result['rows'] if row['arch'] == arch])}", flush=True)
     print(f"\nall of it in {out}")
     return 0

@@ -1,4 +1,4 @@
-"""A stand-in for the CUDA runtime of a machine without a GPU: a small C library, compiled when it is asked for.
+"""A stand-in for the CUDA runtime on a machine without a GPU: a small C library, compiled when it is needed.
 
 PyTorch's autograd engine asks the runtime for a device before it differentiates CUDA tensors, fake ones too. The
 answers below are all that it asks; the dynamic linker takes the first library that has a name, so this one has to be
@@ -31,7 +31,7 @@ int cuInit(unsigned flags) { return 0; }
 
 
 def load() -> None:
-    """Compile and load the stand-in. RuntimeError, one line, where that cannot be done."""
+    """Compile and load the stand-in. RuntimeError, one line, if that fails."""
     if "torch" in sys.modules:
         raise RuntimeError("the stand-in for the CUDA runtime has to be loaded before torch is imported")
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")

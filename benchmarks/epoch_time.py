@@ -1,4 +1,4 @@
-"""Seconds of an epoch of AFD and of natural training, as others would write them and as fastafd runs them.
+"""The seconds of an epoch of AFD and of natural training, in the forms of other authors and of fastafd.
 
     python -m benchmarks.epoch_time --data-dir CIFAR10_TREE         # on a GPU: samples of steps, then whole epochs
     python -m benchmarks.epoch_time --quick                         # samples alone, of random pixels: a few minutes
@@ -60,7 +60,7 @@ HERE = Path(__file__).parent
 def sampled(
     builders: dict[str, Callable[[], Step]], batches: list[tuple[Tensor, Tensor]], rounds: int, device: torch.device
 ) -> tuple[dict[str, Step], dict[str, dict[str, Any]]]:
-    """The steps, and of each: its first call, its peak memory, and the seconds of a step in every round."""
+    """The steps, and for each its first call, its peak memory and the seconds of a step in every round."""
     steps: dict[str, Step] = {}
     samples: dict[str, dict[str, Any]] = {}
     warm = WARM_UPS + 2 if device.type == "cuda" else 1
@@ -69,7 +69,7 @@ def sampled(
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         step = steps[name] = build()
         first = seconds_of(lambda step=step: step(*batches[0]), device)  # type: ignore[misc]
-        if device.type == "cuda":  # compiling and cuDNN's trials take memory of their own
+        if device.type == "cuda":  # do not count the memory of compiling and of cuDNN's trials
             torch.cuda.reset_peak_memory_stats(device)
         for index in range(warm):
             step(*batches[index % len(batches)])
@@ -90,7 +90,7 @@ def sampled(
 
 
 def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
-    """Seconds of each part of a step by itself; on CUDA those of the fast engine each from a graph of its own."""
+    """The seconds of each part of a step alone; on CUDA a part of the fast engine is timed as a graph."""
     engine, inputs = step.engine, step._inputs(*batch)
     images, y, offsets, flips, noise, _ = inputs
     x = step._pixels(images, offsets, flips)
@@ -139,7 +139,7 @@ def rows_of(
         row |= {"fastest_s": min(measured["step_s"]) * per_epoch, "slowest_s": max(measured["step_s"]) * per_epoch}
         row |= {"images_s": batch / step, "tflops": batch * flops / step / 1e12}
         row |= {"of_product": batch * flops / step / product, "first_call_s": measured["first_call_s"]}
-        # Round by round, so that a machine that others slow down for a while slows both sides of a ratio.
+        # Take ratios round by round: if the machine is slow for a while, both sides of a ratio are slow.
         row["times_paper_style"] = statistics.median(a / b for a, b in zip(of_paper, measured["step_s"], strict=True))
         row["peak_gib"] = None if measured["peak_bytes"] is None else measured["peak_bytes"] / 2**30
         rows.append(row | {"step_s": measured["step_s"]})
@@ -149,8 +149,11 @@ def rows_of(
 def method_rows(
     arch: str, samples: dict[str, dict[str, Any]], engines: dict[str, str], batch: int
 ) -> list[dict[str, Any]]:
-    """A row of each method, "Standard" first; a pass of Free-AT is a step, its epoch `replays` of them a batch."""
-    before = {"scratch": 0.0}  # seconds until there is the model that a method begins with
+    """A row for each method, "Standard" first.
+
+    A step of Free-AT is one pass; its epoch has `replays` passes a batch.
+    """
+    before = {"scratch": 0.0}  # seconds of training the model that a method starts from
     rows = []
     for label, measured in samples.items():
         config, steps = METHODS[label], IMAGES // batch
@@ -169,7 +172,7 @@ def method_rows(
 
 
 def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs: int) -> list[dict[str, Any]]:
-    """Seconds of whole epochs, data included, and of the loader alone."""
+    """The seconds of whole epochs, loading included, and of the loader alone."""
     rows = []
     for loader in loaders:
 
@@ -190,7 +193,7 @@ def whole_epochs(step: Step, loaders: list[Loader], device: torch.device, epochs
 
 
 def compile_seconds(arch: str, device: torch.device, batch: int) -> dict[str, float]:
-    """Seconds until the first AFD step is done, in processes with an empty and then a full compiler cache."""
+    """The seconds until the first AFD step ends, with an empty and then with a full compiler cache."""
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder + "/triton"}
@@ -205,9 +208,9 @@ def compile_seconds(arch: str, device: torch.device, batch: int) -> dict[str, fl
 
 
 def measure(args: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
-    """Everything, written to `out` piece by piece, so that what was cut short keeps what it has."""
+    """Measure everything; each piece is written to `out` at once, so that an interrupted run keeps its results."""
     amp = resolve_amp("auto", device)
-    torch.backends.cudnn.benchmark = True  # for every form: cuDNN remembers for a shape whichever came first
+    torch.backends.cudnn.benchmark = True  # for every form, because cuDNN keeps the first choice for a shape
     product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": args.batch, "product_tflops": product / 1e12}
@@ -232,7 +235,7 @@ def measure(args: argparse.Namespace, device: torch.device, out: Path) -> dict[s
 def measure_task(
     args: argparse.Namespace, arch: str, task: str, device: torch.device, out: Path, result: dict[str, Any]
 ) -> None:
-    """The rows of one network and task, added to `result`."""
+    """Add the rows of one network and task to `result`."""
     torch.manual_seed(0)
     net, amp = build_model(arch, 10).to(device), result["amp"]
     batches = random_batches(args.batch, args.steps, device)
@@ -256,10 +259,10 @@ def measure_task(
 
 
 def measure_methods(args: argparse.Namespace, arch: str, device: torch.device, result: dict[str, Any]) -> None:
-    """The rows of one network and all methods, added to `result`."""
+    """Add the rows of one network and all methods to `result`."""
     torch.manual_seed(0)
     net, amp = build_model(arch, 10).to(device), result["amp"]
-    # ATAS keeps a perturbation of every image, 1 GB in all: on a CPU of those of the sample alone
+    # ATAS keeps a perturbation of every image, 1 GB; on a CPU keep only those of the sample
     n = IMAGES if device.type == "cuda" else args.steps * args.batch
     loader = Loader(n, args.batch, seed=0, drop_last=True, device=device)
     builders: dict[str, Callable[[], Step]] = {
@@ -274,7 +277,7 @@ def measure_methods(args: argparse.Namespace, arch: str, device: torch.device, r
 
 
 def forget(device: torch.device) -> None:
-    """Free what the steps before have compiled and kept."""
+    """Free the memory and the compiled code of earlier steps."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

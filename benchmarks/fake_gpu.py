@@ -1,4 +1,4 @@
-"""An H100 that is not there: torch, Inductor and Triton made to believe in the device while a context lasts.
+"""A fake H100: inside a context, torch, Inductor and Triton behave as if the device existed.
 
     cuda_runtime.load()                    # before torch is imported
     with fake_gpu(), FakeTensorMode():     # models made here on "cuda" compile to the code of an H100
@@ -27,7 +27,7 @@ from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What CUDA says of an "NVIDIA H100 80GB HBM3".
+# The properties that CUDA reports for an "NVIDIA H100 80GB HBM3".
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -52,7 +52,7 @@ H100 = types.SimpleNamespace(
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """RuntimeError where torch is a CPU build or there is no Triton: neither has code for a GPU to show."""
+    """Raise RuntimeError if torch is a CPU build or Triton is missing: neither generates code for a GPU."""
     if torch.version.cuda is None:
         raise RuntimeError("this torch is a CPU build: the generated code is that of a CUDA build")
     try:
@@ -66,10 +66,10 @@ def fake_gpu() -> Iterator[None]:
 
 
 def of_cuda() -> Iterator[Any]:
-    """`torch.cuda` as on a machine with one H100, which has nothing to wait for."""
+    """Patches of `torch.cuda`: one H100 that never has work to wait for."""
     answers: dict[str, Callable[..., Any]] = {
         "device_count": lambda: 1,
-        "is_available": lambda: False,  # else Dynamo would save the state of the device's generator
+        "is_available": lambda: False,  # otherwise Dynamo would save the state of the device's generator
         "current_device": lambda: 0,
         "get_device_properties": lambda device=None: H100,
         "get_device_capability": lambda device=None: (H100.major, H100.minor),
@@ -94,13 +94,13 @@ def of_cuda() -> Iterator[Any]:
     yield mock.patch.object(torch.cuda.random, "_lazy_init", lambda: None)
     yield mock.patch.object(torch, "Generator", Generator)
     yield mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
-    # Autocast asks these two, one each in the versions of PyTorch.
+    # Autocast calls one of these two, depending on the version of PyTorch.
     yield mock.patch.object(torch.amp.autocast_mode, "amp_definitely_not_available", lambda: False, create=True)
     yield mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
 
 
 def of_compilers() -> Iterator[Any]:
-    """Dynamo's and Inductor's own ways to the device, and Triton's."""
+    """Patches of the device interfaces of Dynamo, Inductor and Triton."""
     import triton
 
     yield mock.patch.object(triton.runtime.driver, "_active", Driver())
@@ -122,7 +122,7 @@ def of_compilers() -> Iterator[Any]:
         yield mock.patch.object(interface, name, staticmethod(answer))
     yield mock.patch.object(interface.Worker, "get_device_properties", staticmethod(lambda device=None: H100))
     yield mock.patch.object(interface.Worker, "current_device", staticmethod(lambda: 0))
-    # Of the data sheet; Inductor weighs choices by them.
+    # From the data sheet; Inductor uses them for its choices.
     tflops = lambda dtype: 67.0 if dtype is torch.float32 else 989.0  # noqa: E731
     yield mock.patch.object(torch._inductor.utils, "get_device_tflops", tflops)
     yield mock.patch.object(torch._inductor.utils, "get_gpu_dram_gbps", lambda: 3352.0)
@@ -130,7 +130,7 @@ def of_compilers() -> Iterator[Any]:
     select, cudnn = torch._C._select_conv_backend, torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
 
     def select_conv_backend(*operands: Any, **named: Any) -> Any:
-        """cuDNN: the original asks the device whether it knows bf16."""
+        """A stand-in for a check of cuDNN that asks the device whether it supports bf16."""
         image = operands[0] if operands else named["input"]
         return cudnn if image.is_cuda else select(*operands, **named)
 
@@ -138,7 +138,7 @@ def of_compilers() -> Iterator[Any]:
 
 
 def of_fake_tensors() -> Iterator[Any]:
-    """What makes tensors of the device, in models and in generated code: fake ones, and constants on the CPU."""
+    """Patches for making tensors on the device, in models and in generated code: fake tensors, constants on the CPU."""
     guards = torch._C._dynamo.guards
 
     def empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -150,7 +150,7 @@ def of_fake_tensors() -> Iterator[Any]:
     yield mock.patch.object(guards, "_empty_strided_cuda", empty_strided)
     yield mock.patch.object(guards, "_reinterpret_tensor", reinterpret)
     yield mock.patch.object(guards, "copy_if_misaligned", lambda tensor: tensor, create=True)
-    yield mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 256, create=True)  # as aligned as an allocation
+    yield mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 256, create=True)  # aligned like an allocation
     yield mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda mode: True))
     yield mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     yield mock.patch.object(nn.Module, "_apply", applied)
@@ -164,7 +164,7 @@ def of_fake_tensors() -> Iterator[Any]:
 
 
 def applied(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` with new parameters: the data of a fake one cannot be exchanged."""
+    """`nn.Module._apply` that makes new parameters, because the data of a fake one cannot be replaced."""
     for child in module.children():
         child._apply(function)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def applied(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor],
 
 
 class OnTheCPU(TorchDispatchMode):
-    """Constants of one element that Inductor folds have values, so they are made on the CPU."""
+    """Inductor reads the values of constants of one element, so these are made on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
@@ -188,7 +188,7 @@ class OnTheCPU(TorchDispatchMode):
 
 
 class Stream:
-    """A stream with nothing on it."""
+    """A stream without any work."""
 
     device = torch.device("cuda", 0)
     cuda_stream = stream_id = device_index = 0
@@ -201,7 +201,7 @@ class Stream:
 
 
 class Generator:
-    """A generator that nothing is drawn from."""
+    """A generator that is never drawn from."""
 
     def __init__(self, device: Any = None) -> None: ...
 
@@ -212,7 +212,7 @@ class Generator:
 
 
 class Driver:
-    """Triton's of a device that code is compiled for and nothing is launched on."""
+    """A driver of Triton for a device that code is compiled for, without launches."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""Faults planted in the fast step, each of which `fastafd.verify` must find: what its rates and its tests are made of.
+"""Faults that are planted in the fast step, for the tests and the rates of `fastafd.verify`, which must find them.
 
 Kernels run on CUDA alone. `kernels_on_a_cpu` stands in for it: there every operation that would launch a kernel runs
 its reference instead, or a wrong one.
@@ -36,7 +36,7 @@ class Fault:
 
 @contextmanager
 def kernels_on_a_cpu(**wrong: Callable[..., Any]) -> Iterator[None]:
-    """Let operations launch kernels on a CPU too: their references in the kernels' place, but for those named."""
+    """Let operations launch on a CPU too: the functions named here, or else their references, act as the kernels."""
 
     def is_fused(self: Operation, operands: tuple[Any, ...]) -> bool:
         wide = any(isinstance(operand, Tensor) and operand.dtype == torch.float64 for operand in operands)
@@ -54,7 +54,7 @@ def kernels_on_a_cpu(**wrong: Callable[..., Any]) -> Iterator[None]:
 
 
 def kernel(name: str, change: Callable[..., Any], recipe: str = "released") -> Fault:
-    """A fault of the kernel `name`. change: (reference, *operands) -> what the wrong kernel returns."""
+    """A fault of the kernel `name`. change(reference, *operands): the results of the wrong kernel."""
     reference = OPERATIONS[name].reference
     return Fault(
         f"kernel {name}", lambda: kernels_on_a_cpu(**{name: lambda *operands: change(reference, *operands)}), recipe
@@ -62,7 +62,7 @@ def kernel(name: str, change: Callable[..., Any], recipe: str = "released") -> F
 
 
 def engine(group: str, part: str, change: Callable[..., Any], recipe: str = "released") -> Fault:
-    """A fault of the fast engine's method `part`. change: (right method, engine, *operands) -> what it returns."""
+    """A fault of the fast engine's method `part`. change(right method, engine, *operands): the wrong result."""
     right = getattr(Fast, part)
     return Fault(
         group,
@@ -72,7 +72,7 @@ def engine(group: str, part: str, change: Callable[..., Any], recipe: str = "rel
 
 
 def times(factor: float, index: int) -> Callable[..., Any]:
-    """One result of an operation times a factor."""
+    """A change that multiplies one result of an operation by a factor."""
 
     def change(reference: Callable[..., Any], *operands: Any) -> Any:
         results = list(reference(*operands))
@@ -97,7 +97,7 @@ def one_image_mirrored(reference: Any, x: Tensor, offsets: Tensor, flips: Tensor
 
 
 def with_gradient(factor: float, only: torch.dtype | None = None) -> Callable[..., Loss]:
-    """The gradient of the first weight too long by a factor, in one type of weights or in all."""
+    """A change that multiplies the gradient of the first weight by a factor, for one type of weights or for all."""
 
     def change(right: Any, self: Fast, batch: Batch) -> Loss:
         weight = next(self.model.parameters())
@@ -126,7 +126,7 @@ def with_last_labels(right: Any, self: Fast, batch: Batch) -> Loss:
 
 
 def without_refresh(right: Any, self: Fast, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-    """From the second step on the attack sees the weights of the first."""
+    """From the second step on, the attack uses the weights of the first step."""
     if not hasattr(self, "refreshed"):
         self.refreshed = self.refresh()  # type: ignore[attr-defined]
     with mock.patch.object(self, "refresh", lambda: None):

@@ -32,7 +32,7 @@ from fastafd.training.optim import make_sgd
 from fastafd.training.step import TrainStep
 
 Step = Callable[[Tensor, Tensor], Any]
-# The methods of the paper's Table 5, by its names and in its order
+# The methods of the paper's Table 5, with its names and in its order
 STANDARD = replace(vaft(), recipe="natural", method=Natural(), sgd=vaft().pretrain)
 OTHERS = (pgd_at(), trades(), free_at(), fgsm_ga(), atas(), vaft(), rift(), afkd(), arrest(), released())
 METHODS = {"Standard": STANDARD} | {config.method.label: config for config in OTHERS}
@@ -73,7 +73,10 @@ def plain_step(net: nn.Module, task: str, **form: Any) -> plain.PlainStep:
 
 
 def step_forms(net: nn.Module, task: str, amp: str, kernels: list[str]) -> dict[str, Callable[[], Step]]:
-    """How to make every form of a step of the task ("afd" or "natural"), by name; `kernels`: those to do without."""
+    """The builders of every form of a step, by name.
+
+    Task: "afd" or "natural". kernels: each is left out in one form.
+    """
     low = torch.bfloat16 if amp == "bf16" else None
     last: dict[str, Any] = {"layout": torch.channels_last, "amp": low}
     builders: dict[str, Callable[[], Step]] = {}
@@ -99,8 +102,8 @@ def step_in_place(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size:
     return x_adv.copy_(plain.linf_step(x_adv, grad, x, eps, step_size))
 
 
-# Each kernel: where its caller looks it up, and plain PyTorch in its place. What stands outside the compiled functions
-# is compiled by itself; what stands inside is compiled with what is around it.
+# For each kernel: the module in which its caller finds it, and plain PyTorch to use instead. A function that is called
+# outside the compiled parts is compiled alone; the others are compiled together with their callers.
 INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
     "augment": (fastafd.data.augment, torch.compile(plain.augment, dynamic=False)),
     "linf_step": (fastafd.training.engine, torch.compile(step_in_place, dynamic=False)),
@@ -110,7 +113,7 @@ INSTEAD: dict[str, tuple[Any, Callable[..., Any]]] = {
 
 
 def without(kernel: str, step: Step) -> Step:
-    """The step with plain PyTorch in the kernel's place."""
+    """The step with plain PyTorch instead of the kernel."""
     module, instead = INSTEAD[kernel]
 
     def run(x: Tensor, y: Tensor) -> Any:
@@ -132,14 +135,14 @@ def random_batches(batch: int, count: int, device: torch.device) -> list[tuple[T
 
 
 def counted_flops(arch: str, task: str) -> int:
-    """FLOPs of one image's step, counted on the meta device: attack, teacher, update with all its gradients."""
+    """The FLOPs of a step for one image, counted on the meta device: attack, teacher, update with all gradients."""
     with torch.device("meta"):
         net = build_model(arch, 10)
         model, x, y = disentangle(net), torch.empty(1, 3, 32, 32), torch.empty(1, dtype=torch.int64)
 
     def gradient() -> None:
         model.eval().requires_grad_(False)
-        input_gradient(model, x.detach().requires_grad_() * 1, y)  # the counter does not take a leaf
+        input_gradient(model, x.detach().requires_grad_() * 1, y)  # the counter does not accept a leaf
         model.train().requires_grad_()
 
     def update() -> None:

@@ -1,4 +1,4 @@
-"""The roofline of the CUDA code that is generated for a step of the fast engine, without a GPU.
+"""The roofline of the CUDA code of a step of the fast engine, computed without a GPU.
 
     python -m benchmarks.generated [--arch resnet18] [--batch 128] [--side 32] [--classes 10] [--method afd] [--json]
     python -m benchmarks.generated --all                  # every method of the fast engine
@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks import cuda_runtime
 
 IMAGES, SHOWN = 50_000, 10  # images of an epoch, kernels shown
-# What is assumed beside the roofline: bytes of cache, seconds that a launch takes at the least, seconds between two.
+# The other assumptions: bytes of cache, least seconds of a launch, seconds between two launches.
 MODELS = {
     "as it is": (0.0, 0.0, 0.0),
     "with an L2 of 25 MB": (25e6, 0.0, 0.0),
@@ -45,7 +45,10 @@ MODELS = {
 def step_on_nothing(
     arch: str, config: Any, batch: int, side: int, classes: int, recorder: Any, amp: str = "bf16", arm: str = ""
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The step of a recipe, whose parts `recorder` tells apart, and inputs for `step._recorded`; under `fake_gpu`."""
+    """The step of a recipe, whose parts `recorder` distinguishes, and inputs for `step._recorded`.
+
+    Call it in `fake_gpu`.
+    """
     import torch
     from torch import Tensor
 
@@ -75,12 +78,12 @@ def step_on_nothing(
         assert step.engine.choice is not None
         step.engine.choice.forced = (
             tuple(arm.split("+")) if arm not in ("", "plain") else ()
-        )  # nothing can be timed here
+        )  # there is no device to time on
     return step, (images, labels, *drawn, noise, epoch)
 
 
 def network(arch: str, classes: int) -> Any:
-    """The classifier of that name, or torchvision's of "torchvision:NAME"."""
+    """The classifier of that name; "torchvision:NAME" is one of torchvision."""
     import torch
 
     from fastafd.models import build_model
@@ -109,7 +112,7 @@ def recorded(arch: str, config: Any, batch: int, side: int, classes: int, arm: s
     recorder = Recorder()
     with fake_gpu(), recorder.recording():
         step, inputs = step_on_nothing(arch, config, batch, side, classes, recorder, arm=arm)
-        for recorder.on in (False, True):  # the first call compiles
+        for recorder.on in (False, True):  # the first call compiles, the second is recorded
             with recorder.of("figures"):
                 step._recorded(*inputs)
         recorder.on = False
@@ -120,7 +123,7 @@ def recorded(arch: str, config: Any, batch: int, side: int, classes: int, arm: s
 
 
 def summary(recorder: Any, steps: int) -> dict[str, Any]:
-    """The figures of a recorded step, of which an epoch has `steps`."""
+    """The totals of a recorded step; steps: in an epoch."""
     from benchmarks.launches import CONVOLUTIONS, by_kind, with_cache
 
     launches, sources = recorder.launches, recorder.sources
@@ -267,13 +270,13 @@ def main() -> int:
     if args.out:
         args.out.write_text(text)
     output = text if args.json else "\n".join([roofline_table(rows), "", roofline_note(result), *map(details, rows)])
-    from fastafd.console import run as run_command  # not above: torch must not be there before the stand-in
+    from fastafd.console import run as run_command  # not at the top: the stand-in must be loaded before torch
 
     run_command(lambda: print(output) or 0)
 
 
 def methods(name: str, every: bool) -> list[Any]:
-    """The recipes of that name, or of every method that the fast engine has. UsageError where there is none."""
+    """The recipe of that name, or every recipe that the fast engine runs. UsageError if there is none."""
     from benchmarks.forms import METHODS
     from fastafd.settings import UsageError, unknown
 

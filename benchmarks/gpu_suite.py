@@ -1,4 +1,4 @@
-"""What a GPU computes and how fast: tests, certificate, times, profile, in one command and within a time budget.
+"""Tests, certificate, times and profile on a GPU, in one command and within a time budget.
 
     python -m benchmarks.gpu_suite --budget 9 --out DIR
     python -m benchmarks.gpu_suite --budget 9 --out DIR --device cpu --tiny     # a rehearsal on any machine
@@ -16,7 +16,7 @@ from benchmarks.parts import ROOT, Part, arguments, python, run
 
 
 def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> list[Part]:
-    """The suite. Later parts find less of the budget: what matters most comes first."""
+    """The parts of the suite. The most important ones come first, because later ones may find no budget left."""
     pytest = ["--tb=line", "--continue-on-collection-errors"]
     for_gpus = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     tests = ["tests/test_formulas.py"] if tiny else ["-m", "gpu", *for_gpus]

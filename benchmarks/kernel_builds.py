@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every kernel, for GPUs that are not there.
+"""The registers, spills and shared memory of every kernel, for GPUs that this machine does not have.
 
     python -m benchmarks.kernel_builds [--out FILE]
 
@@ -34,7 +34,7 @@ from torch import Tensor
 # Shared memory that a block may have, in bytes: CUDA C++ Programming Guide, "Technical specifications per compute
 # capability".
 CHIPS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-WIDTHS = (512, 33)  # divisible by 16, and not
+WIDTHS = (512, 33)  # one divisible by 16, one not
 CLASSES = (10, 100, 200, 1000)
 POINTERS = {
     torch.float32: "*fp32",
@@ -50,7 +50,7 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Launch:
-    """One variant of a kernel: what Triton would compile for it on a GPU."""
+    """One variant of a kernel, which Triton would compile on a GPU."""
 
     module: str
     kernel: str

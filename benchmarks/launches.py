@@ -1,4 +1,7 @@
-"""A launch of a step: what it reads and writes, its FLOPs, what it takes at the least; what many of them come to."""
+"""A launch of a step: the tensors it reads and writes, its FLOPs and its least time.
+
+And the totals of many launches.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ L2_BANDWIDTH = 5.5e12  # bytes/s, assumed
 
 
 class Operand(NamedTuple):
-    """A tensor that a launch reads or writes; `memory` tells its storage from those that live at the same time."""
+    """A tensor that a launch reads or writes. memory: a number that identifies its storage."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -28,17 +31,20 @@ class Operand(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of what it holds: an expanded dimension is there once."""
+        """The bytes of its values; an expanded dimension counts once."""
         return math.prod(d for d, step in zip(self.shape, self.stride) if step) * self.dtype.itemsize
 
     @property
     def layout(self) -> tuple[tuple[int, int], ...]:
-        """Size and stride of every dimension that has more than one element."""
+        """The size and the stride of every dimension with more than one element."""
         return tuple((d, step) for d, step in zip(self.shape, self.stride) if d > 1)
 
     @property
     def channels_last(self) -> bool:
-        """Or of no layout of its own: not of four dimensions, without channels or pixels, or an image of bytes."""
+        """True if it is channels_last, or if that means nothing.
+
+        Not four dimensions, one channel or pixel, uint8 images.
+        """
         if len(self.shape) != 4 or self.dtype == torch.uint8 or 1 in (self.shape[1], self.shape[2] * self.shape[3]):
             return True
         return self.stride[1] == 1
@@ -46,7 +52,10 @@ class Operand(NamedTuple):
 
 @dataclass
 class Launch:
-    """A library call, or a kernel of Inductor's or of fastafd's; `count`: kernels that an operation of fastafd is."""
+    """A library call, or a kernel of Inductor or of fastafd.
+
+    Count: the kernels that an operation of fastafd launches.
+    """
 
     part: str
     kind: str
@@ -62,11 +71,11 @@ class Launch:
 
     @property
     def seconds(self) -> float:
-        """The longer of arithmetic and memory."""
+        """The least seconds: the longer of arithmetic and memory traffic."""
         return max(self.flops / PEAK, self.bytes / BANDWIDTH)
 
     def moves(self, sources: dict[str, str]) -> str:
-        """What a launch does that computes nothing, "cast", "permuted", both or "copied", else "".
+        """What a launch does if it computes nothing: "cast", "permuted", both, or "copied"; empty if it computes.
 
         sources: of Inductor's kernels.
         """
@@ -84,7 +93,7 @@ class Launch:
 
 
 def check(launches: Sequence[Launch], amp: torch.dtype | None) -> None:
-    """RuntimeError where what the stand-in assumes silently does not hold: convolutions in `amp`, channels_last."""
+    """Raise RuntimeError if an assumption of the stand-in does not hold: convolutions in `amp` and channels_last."""
     of = [launch for launch in launches if launch.kind in CONVOLUTIONS]
     if not of:
         raise RuntimeError("no convolution was recorded: nothing is to be said of this step")
@@ -105,11 +114,14 @@ def check(launches: Sequence[Launch], amp: torch.dtype | None) -> None:
 def with_cache(
     launches: Sequence[Launch], capacity: float, floor: float = 0.0, gap: float = 0.0
 ) -> tuple[float, float]:
-    """Seconds, and bytes to and from memory, with a cache of whole tensors: least recently used, written back.
+    """The seconds, and the bytes to and from memory, with a write-back cache of whole tensors, least recently used out
+    first.
 
     capacity: bytes; 0 is none. floor: seconds that a launch takes at the least; gap: seconds between two.
     """
-    held: OrderedDict[int, tuple[int, bool]] = OrderedDict()  # memory: bytes, whether memory has yet to get them
+    held: OrderedDict[int, tuple[int, bool]] = (
+        OrderedDict()
+    )  # by memory: its bytes, and True if they are not written back yet
     seconds = total = 0.0
     for launch in launches:
         moved = launch.bytes
@@ -123,7 +135,7 @@ def with_cache(
 
 
 def touch(held: OrderedDict[int, tuple[int, bool]], capacity: float, writes: bool, of: Operand) -> int:
-    """Bytes that go to or come from memory when a tensor is read or written through the cache `held`."""
+    """The bytes to or from memory when a tensor is read or written through the cache `held`."""
     size, dirty = held.pop(of.memory, (0, False))
     moved = 0 if writes else max(0, of.bytes - size)
     if of.bytes > capacity:
@@ -136,7 +148,7 @@ def touch(held: OrderedDict[int, tuple[int, bool]], capacity: float, writes: boo
 
 
 def by_kind(launches: Sequence[Launch]) -> Counter[str]:
-    """Launches of each kind."""
+    """The number of launches of each kind."""
     counts: Counter[str] = Counter()
     for launch in launches:
         counts[launch.kind] += launch.count

@@ -1,4 +1,4 @@
-"""Commands one after another within a time budget, unattended: what `benchmarks.gpu_suite` and `reproduce` are made of.
+"""Run commands one after another, unattended, within a time budget; `gpu_suite` and `reproduce` use this.
 
 Each part runs for as long as its cap and what is left of the budget allow; where one fails or runs out of time, the
 next one starts. The folder holds, after every part, summary.json (what came of each) and logs.txt (the end of all that
@@ -32,19 +32,19 @@ from fastafd.device import resolve_device
 from fastafd.files import save_text
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = 5  # seconds: with less left of the budget a part is not begun
-KEPT = 200 * 1024  # bytes of each log, its end
+LEAST = 5  # seconds of budget that must be left to start a part
+KEPT = 200 * 1024  # bytes that are kept of the end of each log
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-ASIDE = re.compile(r"all of it in |[IW]\d{4} \d\d:|\W*$")  # where the results are, PyTorch's log, ornaments
+ASIDE = re.compile(r"all of it in |[IW]\d{4} \d\d:|\W*$")  # lines about result files, PyTorch's log, ornaments
 
 
 class NotNow(Exception):
-    """A part cannot begin, and why: what it builds on is not there."""
+    """A part cannot start, and why: a result that it needs does not exist."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, the most seconds it may take, and why it is left out, if it is.
+    """A command, its time limit in seconds, and the reason if it is left out.
 
     The command may be a function that makes it when the part begins. `env` goes over the environment.
     """
@@ -101,18 +101,20 @@ def run(chosen: list[Part], budget: float, out: Path, after: Callable[[], None] 
 
 
 def earlier(out: Path) -> dict[str, dict[str, Any]]:
-    """What came of the parts that ran in this folder before, by name; those left out then are not among them."""
+    """The results of the parts that ran in this folder before, by name, without parts that were left out."""
     file = out / "summary.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     return {row["part"]: row for row in rows if row["result"] != "left out"}
 
 
 def run_part(name: str, command: list[str], env: dict[str, str], limit: float, out: Path) -> dict[str, Any]:
-    """Run a command for at most `limit` seconds, then end its whole process group; parts share what they compile."""
+    """Run a command for at most `limit` seconds, then end its process group. Parts share one compiler cache."""
     began, cache = time.monotonic(), str(Path(tempfile.gettempdir()) / "fastafd-gpu-suite")
     log = out / f"{name}.log"
     with log.open("wb") as said:
-        usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the part ends with us
+        usual = signal.signal(
+            signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+        )  # so that the part ends with this process
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -145,14 +147,14 @@ def run_part(name: str, command: list[str], env: dict[str, str], limit: float, o
 
 
 def last_line(said: str) -> str:
-    """The last line that tells something, without colours."""
+    """The last line with information, without colours."""
     lines = [" ".join(ESCAPES.sub("", line).split()) for line in said.splitlines()]
     telling = [line for line in lines if not ASIDE.match(line)]
     return telling[-1][:160] if telling else ""
 
 
 def versions() -> dict[str, str]:
-    """Of Python, PyTorch with what it was built for, and Triton where it is."""
+    """The versions of Python, PyTorch, CUDA and cuDNN, and of Triton if it is installed."""
     installed = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     with suppress(metadata.PackageNotFoundError):
         installed["triton"] = metadata.version("triton")
@@ -160,7 +162,7 @@ def versions() -> dict[str, str]:
 
 
 def parts_table(rows: list[dict[str, Any]]) -> str:
-    """In columns: part, seconds, result, the last line that it said."""
+    """A table: part, seconds, result, last line of its output."""
     width = max(len(row["part"]) for row in rows)
     lines = [f"{'part':{width}}  seconds  {'result':11}  last line"]
     lines += [f"{row['part']:{width}}  {row['seconds']:7.1f}  {row['result']:11}  {row['line']}" for row in rows]
@@ -168,14 +170,14 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
 
 
 def parts_note(summary: dict[str, Any]) -> str:
-    """What ran on what, and when."""
+    """The line above the table: device, versions, date."""
     return (
         f"{summary['device']}; {', '.join(' '.join(item) for item in summary['versions'].items())}; {summary['date']}."
     )
 
 
 def seconds(text: str) -> float:
-    """Of a budget such as 9 or 9m (minutes), 540s."""
+    """The seconds of a budget such as 9 or 9m (minutes) or 540s."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([ms]?)", text)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"got {text!r}, takes minutes or seconds above 0, such as 9, 9m or 540s")
@@ -183,7 +185,7 @@ def seconds(text: str) -> float:
 
 
 def arguments(prog: str, about: str) -> argparse.ArgumentParser:
-    """The flags that every such command has."""
+    """The flags that all these commands have."""
     parser = argparse.ArgumentParser(prog=prog, description=about)
     parser.add_argument("--budget", type=seconds, required=True, metavar="MINUTES", help="for all parts: 9, 9m or 540s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where all goes; again to go on")

@@ -1,4 +1,4 @@
-"""What fastafd is measured against: its operations as a user would write them, and a step made of them.
+"""The operations of fastafd as a user would write them, and a step made of them: the baseline of the benchmarks.
 
 `PlainStep` is the step of recipe `released` in plain PyTorch, without a line of fastafd's step, engine or kernels.
 """
@@ -30,7 +30,7 @@ def afd_loss(
     beta: float,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The total, the logits of f1 and y'; weights of the features' type."""
+    """The total, the logits of f1 and y'. The weights have the features' type."""
     f1, f2 = F.linear(g, d1), F.linear(g.detach(), d2)
     z1, z2 = F.linear(f1, w, b).float(), F.linear(f2, w.detach(), b.detach()).float()
     wrong = z1.detach().scatter(1, y[:, None], float("-inf")).argmax(1)
@@ -46,7 +46,7 @@ def linf_step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, step_size: flo
 
 
 def augment(x: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0,1]."""
+    """Augment images: uint8 (B,H,W,3) to float32 (B,3,H,W) in [0,1]."""
     width = x.shape[2]
     padded = F.pad(x, (0, 0, padding, padding, padding, padding))
     at = torch.arange(width, device=x.device)

@@ -1,4 +1,4 @@
-"""Where the time of an AFD step goes, kernel by kernel: the reference engine's and the fast one's.
+"""The time of each kernel in an AFD step, for the reference engine and for the fast engine.
 
     python -m benchmarks.profile_step [--arch resnet18] [--batch 128] [--device auto] [--out FILE]
 
@@ -28,7 +28,7 @@ STEPS, SHOWN = 3, 25  # profiled steps, lines of the table
 
 
 def rows_of(engine: str, arch: str, batch: int, device: torch.device) -> list[dict[str, Any]]:
-    """Every kernel or operation: calls and milliseconds a step, share of all."""
+    """A row for each kernel or operation: calls and milliseconds a step, and the share of the total."""
     torch.manual_seed(0)
     net = build_model(arch, 10).to(device)
     step = our_step(net, "afd", resolve_amp("auto", device), engine)
@@ -54,7 +54,7 @@ def rows_of(engine: str, arch: str, batch: int, device: torch.device) -> list[di
 
 
 def profile_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the largest of each engine."""
+    """Markdown: the most expensive rows of each engine."""
     lines = ["| engine | kernel | calls a step | ms a step | share |", "|---" * 5 + "|"]
     for engine in dict.fromkeys(row["engine"] for row in rows):
         of_engine = [row for row in rows if row["engine"] == engine]
@@ -67,7 +67,7 @@ def profile_table(rows: list[dict[str, Any]]) -> str:
 
 
 def profile_note(result: dict[str, Any]) -> str:
-    """What was measured on what, and when."""
+    """The line below the table: network, batch, device, version and date."""
     return (
         f"{result['arch']}, batch {result['batch']}, {result['device']}, PyTorch {result['torch']}, {result['date']}."
     )
@@ -82,7 +82,7 @@ def main() -> int:
     args = parser.parse_args()
     device = resolve_device(args.device)
     out = args.out or result_file("profile", device)
-    torch.backends.cudnn.benchmark = True  # for both: cuDNN remembers for a shape whichever came first
+    torch.backends.cudnn.benchmark = True  # for both engines, because cuDNN keeps the first choice for a shape
     rows = [row for engine in ("reference", "fast") for row in rows_of(engine, args.arch, args.batch, device)]
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"arch": args.arch, "batch": args.batch, "rows": rows}

@@ -1,4 +1,4 @@
-"""Every launch of a step on fake CUDA tensors, noted in the place of being made."""
+"""Records every launch of a step on fake CUDA tensors; nothing is launched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.launches import Launch, Operand
 from fastafd.kernels.operation import OPERATIONS
 
-ALLOCATIONS = re.compile(r"aten\.(empty|new_empty|_unsafe_view|detach)")  # besides views, what launches nothing
+ALLOCATIONS = re.compile(r"aten\.(empty|new_empty|_unsafe_view|detach)")  # operations besides views that launch nothing
 PRODUCTS = re.compile(r"aten\.(addmm|mm|bmm|baddbmm)")
 
 
@@ -33,7 +33,7 @@ def operands(values: Any) -> list[Operand]:
 
 
 class Recorder(FakeTensorMode):
-    """Fake tensors, whose launches are kept in `launches` while `on`, each with the `part` of the step that it is of.
+    """Fake tensors whose launches are recorded in `launches` while `on` is True, each with its `part` of the step.
 
     `sources`: of every Triton kernel that Inductor made, by its name, which holds a hash of it. RuntimeError where the
     launcher of an operation of fastafd returns other shapes, strides or types than its fake kernel.
@@ -50,9 +50,9 @@ class Recorder(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        self.inside += 1  # what a fake kernel calls in turn is no launch
+        self.inside += 1  # calls inside a fake kernel are not launches
         try:
-            fused_sgd = func.name().startswith("aten::_fused_sgd_")  # it has no fake kernel, and returns nothing
+            fused_sgd = func.name().startswith("aten::_fused_sgd_")  # it has no fake kernel and returns nothing
             out = None if fused_sgd else super().__torch_dispatch__(func, types, args, named)
         finally:
             self.inside -= 1
@@ -61,7 +61,7 @@ class Recorder(FakeTensorMode):
         return out
 
     def note(self, func: Any, args: Any, named: Any, out: Any) -> None:
-        """Add what the call of an operation launches."""
+        """Record the launches of an operation's call."""
         name = str(func)
         if "convolution" in name or name.startswith("fastafd.conv_relu"):
             self.launches += convolutions(self.part, name, args, out)
@@ -78,9 +78,12 @@ class Recorder(FakeTensorMode):
             self.launches.append(Launch(self.part, "other", name, reads, writes))
 
     def launched(self, func: Any, args: Any, out: Any) -> int:
-        """How many kernels the launcher of an operation launches; library calls that it makes are noted beside it."""
+        """The number of kernels that the launcher of an operation launches.
+
+        Its library calls are recorded separately.
+        """
         if any(leaf.dtype == torch.float64 for leaf in tree_leaves(args) if isinstance(leaf, Tensor)):
-            return 1  # the reference runs in its place, in as many as it takes
+            return 1  # the reference runs instead; count it as one launch
         counted: list[Any] = []
         with self, kernels_noted(counted):
             returned = launcher(func)(*args)
@@ -89,7 +92,7 @@ class Recorder(FakeTensorMode):
         return len(counted)
 
     def triton(self, compiler: Any, name: str, source: str, device_str: str = "cuda") -> Any:
-        """`AsyncCompile.triton`: a kernel of Inductor's that is noted and not compiled."""
+        """A stand-in for `AsyncCompile.triton`: it records the kernel of Inductor and does not compile it."""
         label = f"{name}_{sha256(source.encode()).hexdigest()[:6]}"
         self.sources[label] = source
         signature = re.search(r"'signature': (\{.*?\})", source)
@@ -100,11 +103,11 @@ class Recorder(FakeTensorMode):
             if not self.on:
                 return
             reads, writes = [], []
-            for own, value in zip(names, values):
+            for argument, value in zip(names, values):
                 if isinstance(value, Tensor):
-                    if not own.startswith("out_ptr"):
+                    if not argument.startswith("out_ptr"):
                         reads.append(operand(value))
-                    if not own.startswith("in_ptr"):  # in_out_ptr, and workspaces
+                    if not argument.startswith("in_ptr"):  # also in_out_ptr and workspaces
                         writes.append(operand(value))
             self.launches.append(Launch(self.part, "Triton", label, reads, writes))
 
@@ -112,7 +115,7 @@ class Recorder(FakeTensorMode):
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """What is launched meanwhile is of this part."""
+        """Launches inside this block belong to that part."""
         before, self.part = self.part, part
         try:
             yield
@@ -120,7 +123,7 @@ class Recorder(FakeTensorMode):
             self.part = before
 
     def tagged(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, as a part."""
+        """The function, whose launches belong to that part."""
 
         def run(*args: Any, **named: Any) -> Any:
             with self.of(part):
@@ -130,7 +133,7 @@ class Recorder(FakeTensorMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inductor's kernels come here meanwhile, made anew whatever a cache holds."""
+        """Inside this block, Inductor's kernels come here; they are generated again even if a cache has them."""
         fresh = torch._inductor.config.patch(compile_threads=1, force_disable_caches=True)
         noted = mock.patch.object(AsyncCompile, "triton", lambda *of, **named: self.triton(*of, **named))
         with self, fresh, noted, warnings.catch_warnings():
@@ -139,7 +142,7 @@ class Recorder(FakeTensorMode):
 
 
 def launches(func: Any) -> bool:
-    """Whether an operation launches anything: no view, no allocation."""
+    """True if an operation launches a kernel; False for views and allocations."""
     name = str(func)
     returns = func._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -147,14 +150,14 @@ def launches(func: Any) -> bool:
 
 
 def accesses(func: Any, args: Any, named: Any, out: Any) -> tuple[list[Operand], list[Operand]]:
-    """What an operation reads and writes, by its schema."""
+    """The tensors that an operation reads and writes, from its schema."""
     schema, reads, writes = func._schema, [], []
     values = dict(zip((a.name for a in schema.arguments), args)) | named
     overwrites = schema.name.split("::")[1] in ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
     for argument in schema.arguments:
         of = operands(values.get(argument.name))
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and argument.name != "grads":  # fused SGD's, which only a loss scale writes
+        if written and argument.name != "grads":  # fused SGD writes gradients only with a loss scale
             writes += of
         if not (written and (overwrites or argument.name == "out")):
             reads += of
@@ -164,7 +167,7 @@ def accesses(func: Any, args: Any, named: Any, out: Any) -> tuple[list[Operand],
 
 
 def convolutions(part: str, name: str, args: Any, out: Any) -> list[Launch]:
-    """A convolution, or the gradients of one as a launch each."""
+    """The launches of a convolution, or one launch for each of its gradients."""
     if "backward" not in name:
         weight, residual = args[1], args[3] if "conv_relu" in name else None
         flops = 2 * out.shape[0] * out[0, 0].numel() * weight.numel()
@@ -181,7 +184,7 @@ def convolutions(part: str, name: str, args: Any, out: Any) -> list[Launch]:
 
 
 def own_flops(name: str, args: Any) -> int:
-    """Of the products inside an operation of fastafd's: D1, D2 and the classifier on each."""
+    """The FLOPs of the products inside an operation of fastafd: D1, D2, and the classifier on both features."""
     if "afd_loss" in name:
         (batch, width), classes = args[0].shape, len(args[5])
         return 2 * 2 * batch * width * (width + 2 * classes)
@@ -192,7 +195,7 @@ def own_flops(name: str, args: Any) -> int:
 
 
 def launcher(func: Any) -> Callable[..., Any]:
-    """What launches the kernels of an operation of fastafd's."""
+    """The function that launches the kernels of an operation of fastafd."""
     return OPERATIONS[func._schema.name.split("::")[1]].fused
 
 
@@ -209,6 +212,6 @@ def kernels_noted(counted: list[Any]) -> Iterator[None]:
 
 
 def facts(returned: Any) -> list[tuple[Any, ...]]:
-    """Shape, strides, type and device of every tensor."""
+    """The shape, strides, type and device of every tensor."""
     tensors = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
     return [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in tensors]

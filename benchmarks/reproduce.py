@@ -1,7 +1,7 @@
-"""The paper's CIFAR-10 figures for a ResNet-18, and the speed of getting there: one command, unattended, resumable.
+"""The paper's CIFAR-10 figures for a ResNet-18, and the speed of the runs, in one command, unattended and resumable.
 
     python -m benchmarks.reproduce --budget 27 --data-dir CIFAR10 --out DIR      # minutes, on one GPU
-    python -m benchmarks.reproduce --budget 27 --data-dir CIFAR10 --out DIR      # the same again: goes on
+    python -m benchmarks.reproduce --budget 27 --data-dir CIFAR10 --out DIR      # the same command again continues
     python -m benchmarks.reproduce --budget 20 --data-dir TREE --out DIR --device cpu --tiny     # a rehearsal
 
 What matters most comes first:
@@ -39,21 +39,26 @@ TRAINED: dict[str, list[Any]] = {  # run folder: flags of fastafd.train
     "afd-paper": ["--recipe", "paper"],
     "vaft-matched": ["--recipe", "vaft", "--matched"],
 }
-TRIED: dict[str, list[Any]] = {  # the same, each another way in one thing
+TRIED: dict[str, list[Any]] = {  # runs that differ from those in one setting
     "afd-released-seed1": ["--seed", 1],
     "afd-released-seed2": ["--seed", 2],
     "afd-released-step-size": ["--attack.step-size", "2/255"],
     "afd-released-no-average": ["--ema-decay", 0],
     "afd-released-no-random-start": ["--attack.random-start", "false"],
-    "afd-released-batch-statistics": ["--attack-bn", "train", "--engine", "reference"],  # the fast one has none
+    "afd-released-batch-statistics": [
+        "--attack-bn",
+        "train",
+        "--engine",
+        "reference",
+    ],  # the fast engine does not have it
 }
 AFD = ("afd-released", "afd-paper")
-LOGGED = 39  # steps a line of metrics.jsonl: ten lines in an epoch of 390
+LOGGED = 39  # steps between two lines of metrics.jsonl: ten lines in an epoch of 390 steps
 TINY = "--epochs 1 --batch-size 8 --attack.steps 1 --eval-n 4 --log-every 1".split()
 
 
 def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
-    """All of it, in order."""
+    """All parts, in order."""
     suite = {part.name: part for part in gpu_suite.parts(out, device, tiny, data_dir)}
     runs = out / "runs"
     where = [] if device == "auto" else ["--device", device]
@@ -83,7 +88,7 @@ def parts(out: Path, device: str, tiny: bool, data_dir: Path) -> list[Part]:
             n = 2 if tiny else 1000
             return python("fastafd.evaluate", runs / best, *data, *where, "--attack", "autoattack", "--n", n)
 
-        return Part(name, command, 600)  # it begins anew where it is cut short
+        return Part(name, command, 600)  # if it is cut short, it starts again
 
     natural = ["--out", runs / "natural", *data, "--arch", "resnet18", *where, "--log-every", LOGGED]
     if tiny:
@@ -116,7 +121,7 @@ def run_in(folder: Path) -> Run:
 
 
 def collect(out: Path) -> None:
-    """A JSON file in `out` of each run that has been evaluated: what the run says of itself, and its log."""
+    """Write a JSON file into `out` for each evaluated run: its result and its log."""
     for folder in sorted((out / "runs").glob("*")):
         natural = folder / "evaluation-pgd20.json"
         if (folder / "result.json").exists():

@@ -1,4 +1,4 @@
-"""Many runs of fastafd.train, one folder each, resumable: every method, or AFD's weights one at a time.
+"""Many runs of fastafd.train, each in a folder, resumable: every method, or AFD's weights one at a time.
 
     python -m benchmarks.sweep methods --scale digits --out runs/digits              # an hour on one CPU core
     python -m benchmarks.sweep methods --scale cifar10 --seeds 3 --out runs/cifar10  # the published settings: a GPU
@@ -45,10 +45,13 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What makes the runs smaller: flags of all, of those with PGD, of those from given weights and from scratch."""
+    """The flags that make runs smaller.
+
+    For all runs, for those with PGD, for fine-tuning, and for training from scratch.
+    """
 
     about: str
-    autoattack: int  # test images, of the trained models, when all are trained
+    autoattack: int  # test images for AutoAttack, which runs after all trainings
     all: str = ""
     pgd: str = ""
     tuned: str = ""
@@ -59,7 +62,7 @@ class Scale:
 SCALES = {
     "cifar10": Scale("ResNet-18, CIFAR-10, published settings", 1000),
     "digits": Scale(
-        "ResNet-8 of half width, digits, PGD of 7 steps in training, 7 epochs from given weights, 15 from scratch",
+        "ResNet-8 of half width, digits, PGD of 7 steps in training, 7 epochs of fine-tuning, 15 from scratch",
         20,
         all="--dataset digits --arch resnet8_half --batch-size 64 --log-every 11",
         pgd="--attack.steps 7 --attack.step-size 2/255",
@@ -73,7 +76,7 @@ SCALES = {
         },
     ),
     "small": Scale(
-        "ResNet-8, 10,000 CIFAR-10 images, PGD of 5 steps in training, 2 epochs from given weights, 4 from scratch",
+        "ResNet-8, 10,000 CIFAR-10 images, PGD of 5 steps in training, 2 epochs of fine-tuning, 4 from scratch",
         50,
         all="--dataset cifar10 --arch resnet8 --batch-size 64 --log-every 39 --save-every 78 --eval-n 1000",
         pgd="--attack.steps 5 --attack.step-size 2/255",
@@ -91,7 +94,7 @@ SCALES = {
 
 
 def flags_of(recipe: str, scale: Scale) -> list[str]:
-    """What makes the recipe's run one of this scale."""
+    """The flags that give the recipe's run this scale."""
     config = find_recipe(recipe)
     words = [scale.all, "--autoattack-n 0", scale.scratch if config.method.begins == "scratch" else scale.tuned]
     if hasattr(config.attack, "steps"):
@@ -100,7 +103,7 @@ def flags_of(recipe: str, scale: Scale) -> list[str]:
 
 
 def runs_of(what: str, scale: Scale, seeds: int, out: Path) -> dict[str, list[str]]:
-    """Folder name -> flags of fastafd.train."""
+    """The flags of fastafd.train by the name of the run folder."""
     runs: dict[str, list[str]] = {}
     for seed in range(seeds):
         if what != "methods":
@@ -151,7 +154,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(module: str, arguments: list[Any], name: str) -> int:
-    """Run a verb, say how it ended, return its exit code; one that a signal stopped ends this process too."""
+    """Run a verb and print how it ended; returns its exit code. If a signal stopped it, this process ends too."""
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], stdout=subprocess.DEVNULL)
     print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
