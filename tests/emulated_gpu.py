@@ -53,7 +53,7 @@ GENERATOR, APPLY = torch.Generator, nn.Module._apply
 
 
 class Emulator(recorder.Recorder):
-    """A recorder whose launches take place, on real memory beside the fake."""
+    """A recorder that executes the launches, on real memory beside the fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Emulator(recorder.Recorder):
         self.combined = 0  # launches of several kernels in one
 
     def real(self, tensor: Tensor) -> Tensor:
-        """The real tensor beside a fake one; NaN where nothing has been written."""
+        """The real tensor of a fake one; NaN in memory that was never written."""
         storage = tensor.untyped_storage()
         held = self.memory.get(storage._cdata)
         if held is None or held.numel() != storage.nbytes():
@@ -114,7 +114,7 @@ class Emulator(recorder.Recorder):
 
 
 def fill(name: str, tensor: Tensor) -> None:
-    """Values of their own for every name, the same in every process: small, statistics positive, integers 1 to 4."""
+    """Fixed values for every name, equal in every process: small, positive for statistics, integers from 1 to 4."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if tensor.dtype == torch.uint8:
         tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8))
@@ -129,7 +129,7 @@ def fill(name: str, tensor: Tensor) -> None:
 
 
 def emulated(amp: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict[str, Tensor], Emulator]:
-    """What an emulated step of recipe `released` with two attack steps leaves."""
+    """The results of an emulated step of recipe `released` with two attack steps."""
     torch._dynamo.reset()
     emulator = Emulator()
     net_of = partial(network, dtype=dtype)
@@ -155,7 +155,7 @@ def emulated(amp: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dic
 
 
 def reference(dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the same step of the reference engine leaves."""
+    """The results of the same step of the reference engine."""
     config = replace(CONFIG, task=replace(CONFIG.task, amp="fp32", engine="reference"))
     net = network("", CLASSES, dtype)
     step = build_step(config, net, range(1), Augment(4, True, 0), Console())
@@ -196,7 +196,7 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def taught(dtype: torch.dtype, narrow: bool) -> Snapshot:
-    """The teacher's snapshot, which an emulated step has not made from real weights."""
+    """The teacher's snapshot with real weights, which an emulated step does not have."""
     backbone = filled(split(network("", CLASSES, dtype)).backbone.eval())
     snapshot = Snapshot(backbone, torch.bfloat16 if narrow else dtype)
     snapshot.refresh()
@@ -211,7 +211,7 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Of every tensor the largest difference, in units of its largest value."""
+    """The largest difference of every tensor, relative to its largest value."""
     assert ours.keys() == theirs.keys()
     values = {}
     for name, value in ours.items():
@@ -247,7 +247,7 @@ def rsqrt(x: Any) -> Any:
 
 
 def tensors_patched(tensor: Any, *of: Any) -> None:
-    """What the interpreter makes of `tl.tensor`, whose `__index__` of Triton 3.6 NumPy 2.4 does not take."""
+    """A patch of `tl.tensor` in the interpreter: NumPy 2.4 does not accept the `__index__` of Triton 3.6."""
     PATCH(tensor, *of)
     tensor.__index__ = lambda value: int(value.handle.data.squeeze())
 

@@ -1,4 +1,4 @@
-"""A small network in float64, batches and draws of steps: what the tests of methods hold to transcriptions."""
+"""A small float64 network, batches and random draws, for the tests that compare methods with transcriptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CLASSES, BATCH, EPS = 5, 6, 8 / 255
 
 
 def small_net() -> nn.Module:
-    """Its statistics are such that adversarial fine-tuning turns its features away from where they were."""
+    """A network whose statistics make adversarial fine-tuning turn its features."""
     torch.manual_seed(1)
     convolution = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
     net = nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES)).double()

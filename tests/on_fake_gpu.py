@@ -1,4 +1,4 @@
-"""What tests/test_generated.py asks of the generated code, in a process of its own: python tests/on_fake_gpu.py FILE.
+"""Facts about the generated code for tests/test_generated.py, in a separate process: python tests/on_fake_gpu.py FILE.
 
 Every method's step is generated for a small network, every Triton kernel of it is compiled for three chips, and
 every launcher of fastafd.kernels is called on fake tensors, beside the fake kernel.
@@ -34,7 +34,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def steps() -> tuple[list[dict], dict[str, str]]:
-    """Of every method what is generated, and all distinct Triton kernels by name."""
+    """The generated code of every method, and all distinct Triton kernels by name."""
     rows, kernels = [], {}
     for config in generated.methods("", every=True):
         row, of = generated.recorded("resnet8_half", config, batch=32, side=32, classes=10)
@@ -47,7 +47,7 @@ def steps() -> tuple[list[dict], dict[str, str]]:
 
 
 def builds(kernels: dict[str, tuple[str, str]]) -> Iterator[dict]:
-    """Every kernel as Inductor configures it, compiled for every chip: registers a thread, bytes spilt."""
+    """Every kernel with Inductor's configuration, compiled for every chip: registers a thread, bytes spilt."""
     import triton
     from torch._inductor.codecache import _load_triton_kernel_from_source
     from triton.backends.compiler import GPUTarget
@@ -74,7 +74,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -
 
 
 def calls() -> Iterator[tuple[str, tuple]]:
-    """Operations of fastafd.kernels, and what to call them with."""
+    """Operations of fastafd.kernels with operands."""
     for batch, width, classes, dtype in product((128, 80, 1), (512, 640), (10, 100, 200), TYPES):
         y, w, g = empty(batch, dtype=torch.int64), empty(classes, width), empty(batch, width, dtype=dtype)
         d = empty(width, width)
@@ -97,7 +97,7 @@ def calls() -> Iterator[tuple[str, tuple]]:
 
 
 def launchers() -> list[dict]:
-    """Of every call what the launcher and the fake kernel return, and how many kernels were launched."""
+    """For every call: the results of the launcher and of the fake kernel, and the number of launched kernels."""
     calls = []
     with recorder.Recorder():
         for name, operands in calls():

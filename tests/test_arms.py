@@ -1,4 +1,7 @@
-"""Other forms of the attack's convolutions: each is the plain one, where it applies, and leaves the rest alone."""
+"""Other forms of the attack's convolutions.
+
+Where a form applies it equals the plain form; elsewhere it changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Mixed(nn.Module):
-    """What arms apply to, and what they must leave alone, at odd sizes."""
+    """Convolutions that arms apply to, and convolutions that they must not change, with odd sizes."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +63,7 @@ class Mixed(nn.Module):
 
 
 class Writing(nn.Module):
-    """A sum that is written into a tensor which is read again."""
+    """A sum that is written into a tensor that is read again."""
 
     def __init__(self):
         super().__init__()
@@ -87,12 +90,12 @@ def snapshot_of(model: nn.Module) -> Snapshot:
 
 
 def forms_in(snapshot: Snapshot) -> list[str]:
-    """The arms that the snapshot's convolutions have, each as often as it stands there."""
+    """The arms of the snapshot's convolutions, with repetitions."""
     return [name for m in snapshot.modules() if isinstance(m, Folded) for form in m.forms.values() for name in form]
 
 
 FORMS = [(name,) for name in ARMS] + [("fused", "turned"), ("turned", "bits", "padded"), ("fused", "padded")]
-NETS = {  # how many of a network's convolutions have which arm at 33 x 31 pixels
+NETS = {  # the number of convolutions with each arm at 33 x 31 pixels
     "resnet18": (lambda: build_model("resnet18", CLASSES, "cifar10"), {"fused": 16, "turned": 20, "bits": 16}),
     "preactresnet18": (lambda: build_model("preactresnet18", CLASSES), {"fused": 8, "turned": 20, "bits": 8}),
     "wrn10_2": (lambda: build_model("wrn10_2", CLASSES), {"fused": 4, "turned": 10, "bits": 3}),
@@ -109,7 +112,7 @@ def test_every_form_is_the_network(name):
     """Features and the input's gradient in float64, also after the weights have moved and for another shape."""
     torch.manual_seed(0)
     build, expected = NETS[name]
-    padded = 1  # the stem
+    padded = 1  # the first convolution
     model = network(build())
     for form in FORMS:
         snapshot = snapshot_of(model)
@@ -127,14 +130,14 @@ def test_every_form_is_the_network(name):
                 for tensor in (*model.parameters(), *model.buffers()):
                     if tensor.is_floating_point():
                         tensor.mul_(factor)
-        counts = {arm: forms_in(snapshot).count(arm) / 2 for arm in form}  # of two shapes
+        counts = {arm: forms_in(snapshot).count(arm) / 2 for arm in form}  # two shapes
         assert counts == {arm: (expected | {"padded": padded})[arm] for arm in form}
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3), (2, 2)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 4)])
 def test_turned_convolutions_are_the_input_gradient(kernel, stride):
-    """In float64 against autograd, with paddings larger than the kernel and sizes that leave rests."""
+    """In float64 against autograd, with paddings larger than the kernel and sizes that the stride does not divide."""
     torch.manual_seed(0)
     for padding, size in itertools.product([(0, 0), (1, 1), (2, 0), (3, 3)], [(8, 8), (9, 7), (11, 10)]):
         x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
@@ -168,7 +171,7 @@ def test_conv_relu_is_an_operation_that_compiles(residual):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_cudnn_is_called_with_what_it_takes(residual, monkeypatch):
-    """The operations of cuDNN's that CUDA runs, played by plain PyTorch from their own schemas' names."""
+    """Plain PyTorch in place of cuDNN's operations, with the argument names of their schemas."""
 
     def played(name):
         names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
@@ -199,7 +202,7 @@ def test_arms_in_one_anothers_place_do_not_go_together():
 
 @pytest.mark.parametrize("form", [("turned", "bits"), ("fused", "padded")])
 def test_a_fast_step_with_arms_is_the_reference(form):
-    """Compiled, at two batch sizes, of a network whose ReLUs have 32 channels; without a graph break."""
+    """Compiled without a graph break, at two batch sizes, for a network whose ReLUs have 32 channels."""
     reference, fast = (afd_step(tiny(Wide), engine) for engine in ("reference", "fast"))
     fast.engine.choice.forced = form
     torch._dynamo.utils.counters.clear()
@@ -212,7 +215,7 @@ def test_a_fast_step_with_arms_is_the_reference(form):
 
 
 class Wide(Tiny):
-    """With a ReLU behind a folded convolution, and strides."""
+    """A network with a ReLU behind a folded convolution, and with strides."""
 
     def __init__(self):
         super().__init__()

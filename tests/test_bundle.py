@@ -21,7 +21,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def missing_packages() -> list[str]:
-    """What setup.sh builds FFCV with, by its own conditions."""
+    """The system packages that setup.sh needs to build FFCV and that are missing."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     missing = [name for name in ("g++", "pkg-config") if not shutil.which(name)]
     missing += [] if header.exists() else [str(header)]
@@ -33,7 +33,7 @@ def missing_packages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def bundle():
-    """The script, which lies beside the packages."""
+    """The module bundle.py, which lies in the root folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         import bundle

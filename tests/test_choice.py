@@ -1,4 +1,4 @@
-"""How the forms of the attack's convolutions are chosen: by timings, which here come from a clock of the test's own."""
+"""Choosing the forms of the attack's convolutions by timings; a stand-in for the clock supplies the timings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastafd.training.loop import note_arms
 CPU = torch.device("cpu")
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64)
 STEM = "2x3x8x8, 32x3x3x3, stride 1x1, padding 1x1, relu, float64"
-LAST = "2x32x8x8, 32x32x3x3, stride 2x2, padding 1x1, float64"  # its ReLU is the attack head's
+LAST = "2x32x8x8, 32x32x3x3, stride 2x2, padding 1x1, float64"  # its ReLU belongs to the attack head
 
 
 class Clock:
-    """Seconds by form, 1.0 of the plain one; what it was asked for."""
+    """A clock with fixed seconds for each form (1.0 for the plain one); `asked` lists the forms that it timed."""
 
     def __init__(self, **seconds: float):
         self.seconds, self.asked = seconds, []
@@ -56,17 +56,26 @@ def test_nothing_is_timed_on_a_cpu():
 
 
 def test_the_faster_form_is_taken_where_it_was_timed():
-    """A slow one is not, nor one that wins by less than the margin; where no arm applies nothing is timed."""
+    """A slow form is not taken, nor one that wins by less than the margin. Nothing is timed if no arm applies."""
     clock = Clock(fused=0.5, bits=1.5, turned=1 - choice.MARGIN + 0.01, padded=3.0)
     made = chosen_by(clock)
     assert made.chosen == {STEM: "fused", LAST: "plain"}
     assert forms_in(made.snapshot) == ["fused"]
-    assert clock.asked == ["turned", "fused", "turned", "bits", "padded"]  # of the one with most arithmetic first
+    assert clock.asked == [
+        "turned",
+        "fused",
+        "turned",
+        "bits",
+        "padded",
+    ]  # the convolution with most arithmetic comes first
     assert made.snapshot.net.conv1.forms == {tuple(X.shape): ("fused",)}
 
 
 def test_forms_that_win_are_tried_together():
-    """Where together they are no faster than the best alone, that is taken; two in one place are not tried."""
+    """If two forms together are not faster than the best one, the best one is taken.
+
+    Two arms for the same part are not tried.
+    """
     seconds = {"fused": 0.5, "turned": 0.6, "bits": 0.7, "padded": 0.8}
     clock = Clock(**seconds, fused_turned=0.4, fused_turned_padded=0.39)
     made = chosen_by(clock)
@@ -84,7 +93,7 @@ def test_timings_are_kept_and_read(own_cache):
     assert rows[STEM]["fused"] == {"us": 0.5e6 / choice.SETS, "plain_us": 1e6 / choice.SETS}
     again = Clock()
     assert chosen_by(again).chosen == {STEM: "fused", LAST: "plain"} and again.asked == []
-    del rows[STEM]["bits"]  # as a file of a version without it
+    del rows[STEM]["bits"]  # like a file of a version without that arm
     file.write_text(json.dumps(rows))
     more = Clock(bits=0.2)
     assert chosen_by(more).chosen[STEM] == "bits" and more.asked == ["bits"]
@@ -93,7 +102,10 @@ def test_timings_are_kept_and_read(own_cache):
 
 
 def test_a_run_times_for_a_while_and_the_next_goes_on(monkeypatch, capsys):
-    """The convolution of most arithmetic first; what was not timed stays plain, and a line says so."""
+    """The convolution with most arithmetic is timed first.
+
+    Convolutions that were not timed stay plain, and a line says so.
+    """
     seconds = {"fused": 0.5, "turned": 0.5, "bits": 1.0, "padded": 1.0, "fused_turned": 1.0}
     monkeypatch.setattr(choice, "BUDGET_S", 0.0)
     none = Clock(**seconds)
@@ -112,7 +124,7 @@ def test_a_run_times_for_a_while_and_the_next_goes_on(monkeypatch, capsys):
 
 
 def test_a_snapshot_follows_another():
-    """As the step in float64 of a certificate does: the forms of the step that is verified, timed nowhere."""
+    """The certificate's float64 step takes the forms of the step that is verified, and times nothing."""
     first = chosen_by(Clock(fused=0.5, turned=0.6, bits=1.0, padded=1.0, fused_turned=0.3))
     second = Choice(snapshot_of(network(Wide())), CPU, Console(), Clock())
     second.follow(first)
@@ -121,7 +133,7 @@ def test_a_snapshot_follows_another():
 
 
 def test_a_wrong_form_is_never_taken(monkeypatch, capsys):
-    """One whose output is off by more than the bound, one whose gradient is: though they are fast, and with a line."""
+    """A fast form whose output or gradient is off by more than the bound is not taken, and a line says so."""
     fused, turned = ARMS["fused"], ARMS["turned"]
     off = {"forward": lambda *operands: tuple(2 * v for v in fused.forward(*operands))}
     monkeypatch.setitem(ARMS, "fused", replace(fused, **off))
@@ -146,7 +158,7 @@ def test_what_cannot_be_timed_is_plain(capsys):
 
 
 def test_a_failure_that_passes_is_not_kept(capsys, own_cache):
-    """A GPU that another process fills says nothing of a form: the next run times it."""
+    """If another process fills the GPU's memory, that is not the form's fault: the next run times it."""
 
     def full(calls):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
@@ -176,7 +188,7 @@ def test_nan_and_shapes_are_differences():
 
 
 def test_trials_are_compiled_as_the_attack_is():
-    """By the compiler, in one graph, with the gradient inside; here of one convolution."""
+    """The compiler gets one graph that contains the gradient; here for one convolution."""
     made = Choice(snapshot_of(network(Wide())), CPU, Console(), Clock(turned=0.5))
     made.snapshot.refresh()
     case = made._cases(X)[1]
@@ -185,7 +197,10 @@ def test_trials_are_compiled_as_the_attack_is():
 
 
 def test_a_resumed_run_keeps_its_forms(capsys, tmp_path):
-    """By the state of a step; timings have changed meanwhile. On another machine they are chosen anew, with a line."""
+    """A resumed run keeps its forms although the timings have changed.
+
+    On another machine they are chosen anew, with a line.
+    """
     first, second, third = (afd_step(tiny(Wide), "fast") for _ in range(3))
     for step, fused, turned in ((first, 0.5, 1.0), (second, 1.0, 0.5), (third, 1.0, 0.5)):
         choice_of_step = step.engine.choice
@@ -240,7 +255,7 @@ def test_a_fast_step_chooses_at_its_first_batch():
 @needs_gpu
 @pytest.mark.gpu
 def test_forms_on_a_gpu(capsys):
-    """In bf16 with its own clock: every form works and is near the plain one; the timings are seconds."""
+    """In bf16 with the real clock: every form works and is near the plain one; the timings are seconds."""
     model = fastafd.disentangle(unsettled(Wide())).cuda().eval()
     made = Choice(Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1), torch.device("cuda"), Console())
     with torch.autocast("cuda", dtype=torch.bfloat16):

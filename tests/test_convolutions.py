@@ -1,4 +1,4 @@
-"""The convolutions that a GPU measures one by one."""
+"""The benchmark that times convolutions one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def convolutions(monkeypatch):
 
 @pytest.mark.parametrize("arch, gflop, width", [("resnet18", 1.1108, 512), ("wrn34_10", 13.318, 640)])
 def test_shapes_are_all_the_flops_but_those_of_the_last_layer(convolutions, arch, gflop, width):
-    """Figures of the whole networks, for one image, as PyTorch's FlopCounterMode counts them."""
+    """The FLOPs of whole networks for one image equal those of PyTorch's FlopCounterMode."""
     flops = sum(count * shape.flops(1) for shape, count in convolutions.shapes(arch).items())
     assert flops + 2 * width * 10 == pytest.approx(gflop * 1e9, rel=5e-5)
 
@@ -44,7 +44,7 @@ def test_input_gradient_as_a_forward_convolution(convolutions, kernel):
 
 
 def test_every_form_is_the_operation_it_stands_for(convolutions):
-    """In float64 against autograd; with a stride, and with the stem's padding."""
+    """In float64 compared with autograd, with a stride and with padding."""
     for shape in (
         convolutions.Shape(3, 8, 4, 3, 1),
         convolutions.Shape(4, 8, 6, 3, 2),
@@ -65,7 +65,7 @@ def test_every_form_is_the_operation_it_stands_for(convolutions):
 
 
 def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path, capsys):
-    """A run with forms that raise or compute something else, in the place of those of a GPU."""
+    """A run in which some forms raise an error or compute something else."""
     whole = convolutions.shape_forms
 
     def some(shape, cuda, templates):

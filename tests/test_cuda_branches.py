@@ -1,4 +1,7 @@
-"""What only CUDA takes, by stand-ins for streams, events, graphs and pinned memory that note the order of the calls."""
+"""Branches that only CUDA takes.
+
+Stand-ins for streams, events, graphs and pinned memory record the order of the calls.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Cuda:
-    """torch.cuda for `Graphs`: everything is noted in `calls`, `capturing` while a graph is recorded."""
+    """A stand-in for torch.cuda: `calls` lists all calls; `capturing` is True while a graph is recorded."""
 
     def __init__(self, monkeypatch):
         self.calls, self.capturing, self.pools, self.current = [], False, 0, SimpleNamespace(name="current")
@@ -56,7 +59,7 @@ class Cuda:
             before, cuda.current, cuda.capturing = cuda.current, stream, True
             try:
                 yield
-                cuda.current = before  # where the body raises torch leaves its stream current
+                cuda.current = before  # if the body raises, torch does not restore the stream
             finally:
                 cuda.capturing = False
 
@@ -85,7 +88,7 @@ class Cuda:
 
 
 def doubling(cuda, graphs_of):
-    """A run that doubles its input into a tensor that it keeps, as a recorded one does."""
+    """A function that doubles its input into a tensor that it keeps, as a recorded function does."""
     held = {}
 
     def run(x, nothing):
@@ -121,7 +124,7 @@ def test_a_recording_is_made_after_the_warm_ups_and_replayed_with_new_inputs(mon
         cuda.calls.clear()
         (out,) = graphs(torch.full((2,), float(index)), None)
         assert out.tolist() == 2 * [2.0 * index]
-        # The recording stream begins after what was queued before, and what comes afterwards begins after it.
+        # The recording stream starts after earlier work, and later work starts after the recording stream.
         assert cuda.calls == ["recording waits for current", "run on recording", "current waits for recording"]
     assert graphs.replays == 0 and not graphs.recorded
     cuda.calls.clear()
@@ -130,7 +133,7 @@ def test_a_recording_is_made_after_the_warm_ups_and_replayed_with_new_inputs(mon
         assert out.tolist() == 2 * [2 * value]
     assert cuda.calls == ["record in pool 1 on recording, thread_local", "run on recording, captured"] + 2 * ["replay"]
     assert graphs.replays == 2 and cuda.current.name == "current"
-    (out,) = graphs(torch.full((3,), 1.0), None)  # another shape has warm-ups of its own
+    (out,) = graphs(torch.full((3,), 1.0), None)  # another shape has its own warm-ups
     assert out.tolist() == 3 * [2.0] and len(graphs.recorded) == 1
     graphs.clear()
     assert not graphs.recorded and not graphs.calls and graphs.pool == 2
@@ -152,7 +155,7 @@ def test_a_broken_recording_leaves_stream_pool_and_generator_as_they_were(monkey
     assert out.tolist() == [1.0] and not graphs.works and cuda.current.name == "current"
     first, *rest = cuda.calls
     assert first.startswith("record") and rest[:2] == ["current is current", "pool 1 ends"]
-    assert rest[2].startswith("record in pool None") and rest[3] == "current is current"  # a short one that works
+    assert rest[2].startswith("record in pool None") and rest[3] == "current is current"  # a short recording that works
     assert rest[4:] == ["recording waits for current", "current waits for recording"]
     assert capsys.readouterr().err.count("kernel by kernel: operation not permitted when stream is capturing") == 1
     cuda.calls.clear()
@@ -191,7 +194,7 @@ def test_phases_are_timed_between_events_that_only_collecting_waits_for(monkeypa
 
 
 class Lent(torch.Tensor):
-    """A tensor that notes where copies of it go."""
+    """A tensor that records where it is copied to."""
 
     moves: ClassVar[list] = []
 
@@ -205,7 +208,7 @@ class Lent(torch.Tensor):
 
 
 def test_draws_reach_a_gpu_through_pinned_memory(monkeypatch):
-    """From pageable memory the copy would make the host wait for the device."""
+    """A copy from pageable memory would make the host wait for the device."""
     augment = Augment(4, True, 0)
     draw = augment.draw
     monkeypatch.setattr(augment, "draw", lambda batch: tuple(v.as_subclass(Lent) for v in draw(batch)))
@@ -218,7 +221,7 @@ def test_draws_reach_a_gpu_through_pinned_memory(monkeypatch):
 
 
 def test_ffcv_batches_reach_a_gpu_through_pinned_memory_of_torchs_own(monkeypatch):
-    """FFCV overwrites its buffer: an asynchronous copy straight from it would read the next batch."""
+    """FFCV overwrites its buffer, so an asynchronous copy directly from it would read the next batch."""
     made = []
 
     def empty_like(tensor, pin_memory=False):

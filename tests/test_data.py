@@ -1,4 +1,4 @@
-"""Sources and augmentation: class order, splits, the one-line errors, and pixels against a naive reference."""
+"""Data sources and augmentation: class order, splits, one-line errors, and pixels compared with a naive reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def digits(tmp_path_factory):
 
 
 def save_tree(root: Path, images: np.ndarray, labels: np.ndarray, classes, parts=("train", "test"), size=32) -> Path:
-    """A tree of two images a class and part, from real images."""
+    """A tree with two real images for each class and split."""
     for part in parts:
         for label, name in enumerate(classes):
             (root / part / name).mkdir(parents=True)
@@ -54,7 +54,7 @@ def digits_tree(tmp_path, digits):
 
 
 def message(name: str, data_dir: Path, **kwargs) -> str:
-    """The UsageError of loading and decoding everything, checked to be one line."""
+    """The message of the UsageError when everything is loaded and decoded; it must be one line."""
     with pytest.raises(UsageError) as caught:
         dataset = load_dataset(name, data_dir, **kwargs)
         dataset.train.images()
@@ -115,7 +115,7 @@ def test_cifar10_tree_has_the_canonical_class_order(cifar10_tree):
 
 
 def test_the_published_order_wins_over_the_alphabet(tmp_path, digits):
-    """Tiny-ImageNet and CIFAR sort their classes; a named set whose order is not alphabetical shows the difference."""
+    """A named data set keeps its class order even if it is not alphabetical."""
     from fastafd.data.sources import read_tree
 
     names = ["zero", "one", "two"]
@@ -149,7 +149,9 @@ def test_hidden_files_and_folders_are_no_images(digits_tree):
     assert len(load_dataset("digits", digits_tree).train) == 20
 
 
-@pytest.mark.parametrize("file", ["0.png", "1.png"])  # the first of a class is opened on loading, others on decoding
+@pytest.mark.parametrize(
+    "file", ["0.png", "1.png"]
+)  # the first image of a class is opened at loading, the others at decoding
 def test_a_corrupt_image_is_named(digits_tree, file):
     path = digits_tree / "train" / "4" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -185,14 +187,14 @@ def test_a_tree_without_a_test_folder(digits_tree):
 
 def test_val_serves_where_test_has_no_classes(digits_tree):
     (digits_tree / "test").rename(digits_tree / "val")
-    (digits_tree / "test" / "images").mkdir(parents=True)  # unlabelled, as ImageNet and Tiny-ImageNet ship it
+    (digits_tree / "test" / "images").mkdir(parents=True)  # unlabelled, as in ImageNet and Tiny-ImageNet
     assert load_dataset("digits", digits_tree).test.paths[0].startswith("val/")
 
 
 def test_imagefolder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, digits):
     tree = save_tree(tmp_path, digits.train.images(), digits.train.labels, ["a", "b"])
     path = tree / "train" / "a" / "0.png"
-    stripes = np.zeros((20, 60, 3), np.uint8)  # wide: the middle third stays
+    stripes = np.zeros((20, 60, 3), np.uint8)  # a wide image, of which the middle third remains
     stripes[:, 20:40] = 255
     Image.fromarray(stripes).save(path)
     assert "60x20" in message("imagefolder", tree)
@@ -226,12 +228,12 @@ def test_the_fingerprint_of_a_tree_follows_its_files(digits_tree):
 
 # ------------------------------------------------------------------------------------------------- tiny-imagenet
 
-WNIDS = ["n02124075", "n01443537", "n04067472"]  # not sorted: the labels are
+WNIDS = ["n02124075", "n01443537", "n04067472"]  # not sorted; the labels follow the sorted order
 
 
 @pytest.fixture
 def tiny(tmp_path, digits):
-    """Stanford's layout with three classes; class k shows the digit k."""
+    """Stanford's layout with three classes; the images of class k show the digit k."""
     root = tmp_path / "tiny-imagenet-200"
     images, labels = digits.train.images(), digits.train.labels
     (root / "val" / "images").mkdir(parents=True)
@@ -332,7 +334,7 @@ def test_no_network_says_what_data_dir_may_hold(tmp_path, monkeypatch, name):
 
 
 def test_cifar10_as_published_agrees_with_the_tree(cifar10_tree, tmp_path, monkeypatch):
-    """The pickled batches, made here from the tree's images: both layouts give the same images and labels."""
+    """CIFAR's pickled batches, made from the tree's images: both layouts give the same images and labels."""
     tree = load_dataset("cifar10", cifar10_tree)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -345,7 +347,7 @@ def test_cifar10_as_published_agrees_with_the_tree(cifar10_tree, tmp_path, monke
         save(f"data_batch_{i + 1}", tree.train, slice(40 * i, 40 * i + 40))
     save("test_batch", tree.test, slice(None))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)  # ours are fewer images
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)  # these are fewer images
     published = load_dataset("cifar10", tmp_path, download=False)
     for split, other in ((published.train, tree.train), (published.test, tree.test)):
         np.testing.assert_array_equal(split.images(), other.images())
@@ -364,7 +366,7 @@ def test_importing_is_light():
 
 
 def naive(x: np.ndarray, offsets: np.ndarray, flips: np.ndarray, padding: int) -> torch.Tensor:
-    """Pad, slice, flip, one image at a time."""
+    """A naive reference: pad, slice and flip one image at a time."""
     out = []
     for image, (row, column), flip in zip(x, offsets, flips, strict=True):
         padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
@@ -414,7 +416,7 @@ def test_no_padding_and_no_flip_draws_nothing(digits):
     unit = to_unit(x)
     assert unit.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(unit, x.permute(0, 3, 1, 2).float() / 255)
-    assert torch.equal(x, torch.from_numpy(digits.train.images()[:9]))  # the batch itself is untouched
+    assert torch.equal(x, torch.from_numpy(digits.train.images()[:9]))  # the batch itself does not change
 
 
 def test_draws_are_uniform_and_seeded():
@@ -437,7 +439,7 @@ def test_a_restored_generator_continues_with_the_same_pixels(digits):
     expected = [augment(x) for _ in range(3)]
     other = Augment(4, True, seed=99)
     other.generator.set_state(state)
-    torch.rand(7)  # the global generator plays no part
+    torch.rand(7)  # the global generator is not used
     for batch in expected:
         assert torch.equal(other(x), batch)
 

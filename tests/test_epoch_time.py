@@ -1,4 +1,4 @@
-"""What an epoch is measured against: the plain forms compute the same, FLOPs are counted, rows and tables add up."""
+"""Epoch times: the plain forms compute the same results, FLOPs are counted, rows and tables add up."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_rows_and_table():
 
 
 def test_totals_begin_with_what_a_method_begins_with():
-    """Seconds a step that make the epochs those of the paper give its totals, but for what it rounded."""
+    """With the paper's seconds of an epoch, the totals are the paper's, up to its rounding."""
     from benchmarks import epoch_tables, epoch_time
     from benchmarks.forms import METHODS
     from fastafd.reporting.paper import TABLE5
@@ -132,12 +132,15 @@ def test_a_rehearsal_of_all_methods(monkeypatch, capsys, tmp_path):
         assert row["total_s"] == pytest.approx(row["epochs"] * row["epoch_s"] + before[config.method.begins])
     assert {label for label, row in rows.items() if row["engine"] == "reference"} == {"Free-AT", "FGSM-GA", "ATAS"}
     output = capsys.readouterr().out
-    assert output.index(epoch_tables.methods_table(result)) == 0  # no table of tasks where none is timed
+    assert output.index(epoch_tables.methods_table(result)) == 0  # without tasks there is no table of them
     assert epoch_tables.epoch_note(result) in output and "Methods: " in epoch_tables.epoch_note(result)
 
 
 def test_steps_of_methods_are_those_of_their_runs(monkeypatch):
-    """What each trains and begins with: a module of RiFT's, ATAS after its warm-up, teachers, averages, attacks."""
+    """What each step trains and starts from.
+
+    One module for RiFT, ATAS after its warm-up, teachers, averages, attacks.
+    """
     from benchmarks.forms import METHODS, method_step
     from fastafd.data import Loader
 

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the CSV says, and a run that lacks something is named."""
+"""Figures: the drawn values equal the CSV, and a run without the needed data is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastafd.settings import UsageError
 
 
 def make_run(folder, label="AFD", recipe="released", seed=0, samples=True, gap=1.0, accuracy=0.9, classes=None, **more):
-    """A finished run's folder of 30 test images, written here and trained by nobody."""
+    """A finished run folder with 30 test images, written by this function."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     classes = classes or ["cat", "dog", "eel"]
@@ -91,7 +91,7 @@ def drawn(monkeypatch):
 
 
 def numbers(png):
-    """The rows of the CSV beside a PNG that is a picture, beside an SVG whose text is text."""
+    """The rows of the CSV; the PNG beside it must be a picture, and the SVG must contain text as text."""
     assert png.read_bytes().startswith(b"\x89PNG")
     root = xml.etree.ElementTree.parse(png.with_suffix(".svg")).getroot()
     assert any(element.tag.endswith("}text") for element in root.iter())
@@ -116,7 +116,7 @@ def test_feature_gap_is_drawn_as_written(tmp_path, drawn):
     assert (first["method"], first["norm"], first["epoch"], first["seeds"]) == ("AFD", "l1", "1", "3")
     assert float(first["mean"]) == 3.0  # steps 1 and 2 of the epoch: 1.5 times 1, 2 and 3
     assert float(first["deviation"]) == statistics.stdev([1.5, 3.0, 4.5])
-    assert len(drawn[-1].axes[0].collections) == 1  # a band for the method of several seeds alone
+    assert len(drawn[-1].axes[0].collections) == 1  # only the method with several seeds has a band
 
 
 def test_runs_of_other_settings_are_not_seeds(tmp_path, drawn):

@@ -37,7 +37,7 @@ def test_schedule_scales_with_the_run():
 
 
 def test_published_settings():
-    """The numbers of methods and sources, once more, so that a slip in a recipe is seen."""
+    """The numbers of the sources, written a second time, so that a wrong number in a recipe shows."""
     released, paper, hundred = (find_recipe(name) for name in ("released", "paper", "released_cifar100"))
     assert (released.method.alpha, released.method.beta, released.method.gamma) == (0.05, 0.5, 25.0)
     assert released.method.classifier_alpha == pytest.approx(0.1)
@@ -81,7 +81,7 @@ def test_ema_against_torchs_averaged_model():
         return decay * mean + (1 - decay) * new
 
     reference = torch.optim.swa_utils.AveragedModel(copy.deepcopy(net), avg_fn=average, use_buffers=True)
-    reference.n_averaged.fill_(1)  # it would copy instead of average the first time
+    reference.n_averaged.fill_(1)  # at 0 it would copy instead of averaging
     for _ in range(200):
         with torch.no_grad():
             for p in net.parameters():

@@ -1,4 +1,4 @@
-"""The CUDA code that is generated for the steps, on a machine without a GPU: whole, in one layout, few launches."""
+"""The CUDA code that is generated for the steps, without a GPU: whole graphs, one layout, few launches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def benchmarks_importable(monkeypatch):
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """A command in a process of its own: the stand-in for the CUDA runtime has to be there before torch."""
+    """Run a command in a separate process, because the stand-in for the CUDA runtime must be loaded before torch."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -104,8 +104,8 @@ def computed(tmp_path_factory):
 @needs_cuda_build
 @pytest.mark.slow
 def test_the_generated_code_computes_what_the_reference_does(computed):
-    """A whole step of AFD in float64, Inductor's kernels for CUDA in Triton's interpreter, against plain PyTorch."""
-    assert min(computed["moved"].values()) > 1e-3  # the step has moved all that is compared
+    """A whole AFD step in float64: Inductor's CUDA kernels in Triton's interpreter, compared with plain PyTorch."""
+    assert min(computed["moved"].values()) > 1e-3  # the step moved everything that is compared
     assert max(computed["float64"].values()) < 1e-9, computed["float64"]
 
 
@@ -127,7 +127,7 @@ def launch(kind: str, *of: tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
 
 
 def test_a_failed_stand_in_is_refused():
-    """Without their patches autocast switches itself off, and Inductor lays convolutions out as NCHW."""
+    """Without the patches, autocast switches itself off, and Inductor uses NCHW for convolutions."""
     from benchmarks.launches import check
 
     last, first = ((8, 4, 6, 6), (144, 1, 24, 4)), ((8, 4, 6, 6), (144, 36, 6, 1))

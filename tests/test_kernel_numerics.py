@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 autograd, on a GPU or under Triton's interpreter (TRITON_INTERPRET=1).
+"""The Triton kernels compared with float64 autograd, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1).
 
 The interpreter runs the kernels' own code on the CPU, with larger tiles than a GPU gets, since its cost is by the
 program; the tiles of a GPU are interpreted in `test_with_the_tiles_of_a_gpu`, and compiled in test_kernel_builds.py.
@@ -40,7 +40,7 @@ DRAWS = 8
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Memory that is allocated and never written is NaN, so that it shows."""
+    """Allocated memory is filled with NaN, so that values that were never written show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(3).isnan().all()
     yield
@@ -49,7 +49,10 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def large_tiles(request, monkeypatch):
-    """Fewer programs for the interpreter; and its patching of triton.language once, not at every inner call."""
+    """Larger tiles, so that the interpreter runs fewer programs.
+
+    And it patches triton.language once, not at every call.
+    """
     if not INTERPRETED:
         return
     from triton.runtime.interpreter import InterpretedFunction
@@ -80,7 +83,7 @@ def seeded(*case) -> torch.Generator:
 
 
 def off(results, exact) -> dict[str, float]:
-    """How far each result lies from float64, in the norm and relative to it."""
+    """The relative distance of each result from float64's, in the norm."""
     distances = {}
     for name, value in exact.items():
         assert results[name].isfinite().all() and results[name].shape == value.shape, name
@@ -90,7 +93,7 @@ def off(results, exact) -> dict[str, float]:
 
 
 def hold(fused, eagers, dtype=None) -> None:
-    """Each fused result within twice eager's error, that is the largest of several draws: it may be one rounding.
+    """Check that each fused result is within twice eager's error, the largest of several draws.
 
     With a type, eager itself within that type's.
     """
@@ -122,7 +125,7 @@ def afd_operands(batch, width, classes, dtype, parameters, generator):
 
 
 def cosine(u, v):
-    """0 where a vector has no length, as is its slope."""
+    """The cosine; 0 for a vector of length 0, and its gradient too."""
     has = (u.norm(dim=1) > 0) & (v.norm(dim=1) > 0)
     one = torch.ones_like(u)
     both = (torch.where(has[:, None], vector, one) for vector in (u, v))
@@ -130,7 +133,7 @@ def cosine(u, v):
 
 
 def afd_exactly(operands, wrong, slope, alpha, beta, gamma, classifier_alpha):
-    """Eq. 1 and 3 to 6 in float64, by autograd, with y' given."""
+    """Eq. 1 and 3 to 6 in float64 with autograd; y' is an argument."""
     g, t, y, d1, d2, w, b = (None if v is None else v if v.dtype == torch.int64 else v.double() for v in operands)
     leaves = [v.requires_grad_() for v in (g, d1, d2, w, b) if v is not None]
     f1, f2 = g @ d1.T, g.detach() @ d2.T
@@ -158,7 +161,7 @@ def afd_run(forward, backward, operands, slope, weights):
 
 
 def afd_hold(draws, dtype, slope=0.7, weights=WEIGHTS, hard=False):
-    """The first of the draws against float64; returns what was found and y'."""
+    """Compare the first draw with float64; returns the results and y'."""
     fused, wrong = afd_run(afd.afd_loss_fused, products.afd_gradients_fused, draws[0], slope, weights)
     exact = afd_exactly(draws[0], wrong, slope, *weights.values())
 
@@ -263,7 +266,7 @@ def test_ties_go_to_the_lowest_class(classes, dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("classes", [10, 200])
 def test_operands_of_any_strides_and_addresses(classes, dtype):
-    """The same bits as from contiguous ones, in results laid out as the reference's."""
+    """The same bits as for contiguous operands, in results with the reference's layout."""
     whole = afd_operands(7, 48, classes, dtype, torch.float32, seeded("strided", classes))
     apart = [F.pad(v, (3, 2))[..., 3:-2] for v in whole]  # gaps between rows, and a start off 16 bytes
     apart[3] = whole[3].T.contiguous().T
@@ -284,7 +287,7 @@ def test_operands_of_any_strides_and_addresses(classes, dtype):
 
 
 def test_the_losses_add_up_in_a_fixed_order():
-    """Twice the same bits: the last program adds, whichever it is. The interpreter has but one order: for a GPU."""
+    """Two runs give the same bits, whichever program finishes last. Only a GPU has more than one order."""
     operands = afd_operands(128, 64, 10, torch.float16, torch.float16, seeded("order"))
     first, _ = afd_run(afd.afd_loss_fused, products.afd_gradients_fused, operands, 1.0, WEIGHTS)
     again, _ = afd_run(afd.afd_loss_fused, products.afd_gradients_fused, operands, 1.0, WEIGHTS)
@@ -316,7 +319,7 @@ def head_operands(shape, classes, dtype, generator):
     w = torch.randn(classes, shape[1], generator=generator) / shape[1] ** 0.5
     b = torch.randn(classes, generator=generator)
     y = torch.randint(0, classes, shape[:1], generator=generator)
-    return a.to(dtype), y, *(v.to(dtype).float() for v in (w, b))  # so that rounding them is no error of eager's
+    return a.to(dtype), y, *(v.to(dtype).float() for v in (w, b))  # so that rounding them is not an error of eager
 
 
 # A program is an image: to the interpreter a large batch is nothing but slow, so there it has two.
@@ -338,14 +341,14 @@ def test_attack_head(batch, width, classes, dtype):
 def test_attack_head_with_the_tiles_of_a_gpu(size, dtype):
     a, y, w, b = head_operands((2, 130, *size), 10, dtype, seeded("head", size))
     head_hold(a, y, w, b, dtype)
-    head_hold(a.relu(), y, w, b, dtype)  # the ReLU's output serves as well
+    head_hold(a.relu(), y, w, b, dtype)  # the ReLU's output gives the same
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_attack_head_on_hard_inputs(classes, dtype):
     a, y, w, b = head_operands((5, 33, 2, 2), classes, dtype, seeded("hard head"))
-    head_hold(-a.abs(), y, w, b, dtype, hard=True)  # nothing passes the ReLU
+    head_hold(-a.abs(), y, w, b, dtype, hard=True)  # the ReLU is active nowhere
     head_hold(a, y * 0 + 1, w * 0, b * 0, dtype, hard=True)  # tied logits, one class
     large = a / a.relu().mean((2, 3), keepdim=True).norm(dim=1, keepdim=True)
     head_hold(large, y, 1e4 * w.sign(), b, dtype, hard=True)

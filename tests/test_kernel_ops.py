@@ -1,4 +1,4 @@
-"""The operations as PyTorch sees them: registered, compiled whole, differentiated once, checked, on any device."""
+"""The operations in PyTorch: registration, compilation without breaks, one derivative, checks of operands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def device(request):
 
 
 def operands(device, dtype=torch.float32, batch=6, width=48, classes=10, bias=True):
-    """features, teacher's, labels, D1, D2, W, b; those that train require gradients."""
+    """Features, teacher's features, labels, D1, D2, W, b; the trained ones require gradients."""
     torch.manual_seed(0)
     g, t = (torch.randn(batch, width, dtype=dtype, device=device) for _ in range(2))
     d1, d2 = (torch.eye(width, dtype=dtype, device=device) + 0.1 * torch.randn_like(g[:1]) for _ in range(2))
@@ -76,7 +76,7 @@ def test_opcheck_of_the_others(dtype, device):
 
 
 def everything(device):
-    """A function that calls every operation, and what it is called with."""
+    """A function that calls every operation, and its operands."""
     g, t, y, d1, d2, w, b = operands(device)
     x, offsets, flips = images(device)
     x_adv, grad, x_float = pixels(device)
@@ -102,7 +102,7 @@ def everything(device):
 
 
 def test_whole_graphs_of_every_operation(device):
-    """torch.compile(fullgraph=True), no break, and the same figures."""
+    """torch.compile(fullgraph=True) has no graph break and gives the same results."""
     call, inputs = everything(device)
     *leaves, x_adv = inputs
     with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -147,7 +147,7 @@ def test_a_second_derivative_is_an_error_and_not_zero(name, device):
 
 
 class Launches(torch.utils._python_dispatch.TorchDispatchMode):
-    """The operations that run, less those that only look at a tensor in another way."""
+    """The operations that run, without views."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nothing_runs_beside_the_operations(bias):
-    """No casts, fills or copies around the two calls, which are three launches on a GPU; one of the attack's head."""
+    """There are no casts, fills or copies around the two calls, which are three launches on a GPU."""
     g, t, y, d1, d2, w, b = operands("cpu", bias=bias)
     slope, low = torch.ones(()), g.detach().half()
     with Launches() as launches:
@@ -191,7 +191,7 @@ def test_slope_of_the_total_is_honoured(device):
 
 
 def test_attack_head_is_the_gradient_that_pgd_needs(device):
-    """In place of the loss: grad_outputs of the last ReLU's input."""
+    """Used instead of the loss: the grad_outputs of the last ReLU's input."""
     _, _, y, _, _, w, b = (v.detach() for v in operands(device))
     conv = torch.nn.Conv2d(3, 48, 3, padding=1).to(device)
     x = torch.rand(6, 3, 4, 4, device=device, requires_grad=True)
@@ -227,13 +227,13 @@ def test_what_does_not_fit_is_named(call, words):
 
 
 class OnCuda(torch.Tensor):
-    """A CPU tensor that says it is on CUDA."""
+    """A CPU tensor whose is_cuda is True."""
 
     is_cuda = True
 
 
 def test_without_triton_the_references_run_on_any_device():
-    """A machine whose torch has no triton: everything imports, and CUDA is given the references."""
+    """Without Triton everything can be imported, and CUDA tensors get the references."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -250,7 +250,7 @@ fastafd.kernels.linf_step(x, torch.ones_like(x), x.clone(), 0.1, 0.1)
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_which_operands_the_kernels_compute(name):
-    """Those on CUDA but for float64, and none while references are asked for, in another thread too."""
+    """Kernels run on CUDA except for float64, and never inside `references()`, in other threads too."""
     operation, cuda = OPERATIONS[name], torch.zeros(1).as_subclass(OnCuda)
     assert operation.is_fused((cuda, None, 0.1)) and not operation.is_fused((torch.zeros(1), None, 0.1))
     assert not operation.is_fused((cuda, cuda.double()))

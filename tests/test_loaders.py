@@ -1,4 +1,4 @@
-"""Loaders and the .beton cache: one order and one set of pixels from all three, no leaks, a sound file or a new one."""
+"""Loaders and the .beton cache: the same order and pixels from all three loaders, no leaks, damaged files rebuilt."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def split(digits):
-    """A small split of its own for tests that write .beton files."""
+    """A small split for tests that write .beton files."""
     return ArraySplit(digits.test.images()[:300], digits.test.labels[:300])
 
 
@@ -89,7 +89,7 @@ def test_order_is_a_permutation_of_seed_and_epoch_alone():
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_batches_are_the_split_in_order(kind, name, drop_last, cache, request):
-    """Every loader against the split itself: two epochs, the last partial batch, later starts, augmented pixels."""
+    """Every loader compared with the split: two epochs, the last partial batch, later starts, augmented pixels."""
     split = request.getfixturevalue(name).train
     images = torch.from_numpy(split.images())
     labels = torch.from_numpy(split.labels)
@@ -101,7 +101,7 @@ def test_batches_are_the_split_in_order(kind, name, drop_last, cache, request):
         chunks = torch.from_numpy(epoch_order(len(split), 7, epoch)).split(96)[: len(loader)]
         expected = [(images[chunk], labels[chunk]) for chunk in chunks]
         assert len(expected[-1][0]) == (96 if drop_last else len(split) % 96)
-        batches = list(loader.epoch(epoch))  # kept to the end: a recycled buffer would show
+        batches = list(loader.epoch(epoch))  # all batches are kept, so a reused buffer would show
         assert_same(batches, expected)
         for x, y in batches:
             assert x.dtype == torch.uint8 and x.is_contiguous() and x.shape[1:] == (32, 32, 3)
@@ -139,7 +139,7 @@ def test_an_epoch_leaves_torch_and_its_generators_alone(kind, split, cache, two_
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(loader_of(kind, split, cache, "small").epoch(0))
     assert torch.get_num_threads() == 2
-    # New threads start with the count that was set last, by whichever thread.
+    # New threads start with the count that any thread set last.
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 2
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -158,7 +158,7 @@ def test_breaking_off_leaks_no_thread(kind, split, cache):
         assert set(threading.enumerate()) == before
     for _ in loader.epoch(9):
         break
-    assert set(threading.enumerate()) == before  # the generator went out of reach
+    assert set(threading.enumerate()) == before  # nothing refers to the generator any more
     list(loader.epoch(10))
     assert set(threading.enumerate()) == before
 
@@ -173,7 +173,7 @@ def test_two_epochs_at_once(kind, split, cache):
 
 
 def test_folder_trees_give_the_same_batches(cifar10, cache):
-    """CIFAR-10 is a folder tree here: decoded in threads by the torch loader, batch by batch."""
+    """CIFAR-10 is a folder tree here; the torch loader decodes it in threads, batch by batch."""
     kinds = ["resident", "torch"] + ([] if WHY_NO_FFCV else ["ffcv"])
     loaders = [loader_of(kind, cifar10.test, cache, "cifar10-test", drop_last=False) for kind in kinds]
     expected = list(loaders[0].epoch(3))
@@ -210,7 +210,7 @@ def test_usage_errors_of_loaders(split, cache):
 
 
 def test_without_ffcv_one_line_and_resident(split, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ffcv", None)  # what makes `import ffcv` fail
+    monkeypatch.setitem(sys.modules, "ffcv", None)  # makes `import ffcv` fail
     lines: list[str] = []
     loader = loader_of("ffcv", split, tmp_path, report=lines.append)
     assert loader.kind == "resident"
@@ -261,7 +261,7 @@ def cut_to_nothing(path):
 
 def change(offset):
     def change_bytes(path):
-        """Same size and, for the header, the same time: only what the bytes say gives it away."""
+        """The size is equal, and for the header the time too: only the bytes differ."""
         stat = path.stat()
         with open(path, "r+b") as file:
             file.seek(offset)
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_nothing(split, tmp_path, monkeypatch):
 @needs_ffcv
 @pytest.mark.parametrize("limit", [100_000, 9_000_000, 16_777_216, 16_778_000])
 def test_a_write_cut_short_leaves_nothing(limit, split, tmp_path):
-    """A file size limit cuts writes short as a disk that fills up does: in a page, at its end, in the table."""
+    """A file size limit cuts writes short like a full disk: in a page, at its end, in the table."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -359,7 +359,7 @@ def test_a_write_cut_short_leaves_nothing(limit, split, tmp_path):
 
 @needs_ffcv
 def test_a_page_cut_short_unnoticed_leaves_nothing(split, tmp_path, monkeypatch):
-    """Room that comes back after a short write: FFCV goes on, and its table would point beside the images."""
+    """If space is freed after a short write, FFCV goes on, and its table would point to wrong places."""
     from ffcv.memory_allocator import MemoryAllocator
 
     whole = MemoryAllocator.flush_page

@@ -1,4 +1,4 @@
-"""What bad input gets: exit code 2 (or 1) and one line with the field, what it got and what it takes."""
+"""Bad input ends with exit code 2 (or 1) and one line: the field, what it got and what it takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ evaluate_main = verb("evaluate")["main"]
 
 
 def line_of(main, argv, capsys, code: int = 2) -> str:
-    """The one line that the verb ends with."""
+    """The last line of the verb's output, which must be one line."""
     with pytest.raises(SystemExit) as stop:
         cli.run(main, [str(word) for word in argv])
     err = capsys.readouterr().err
@@ -32,7 +32,7 @@ def line_of(main, argv, capsys, code: int = 2) -> str:
     return last
 
 
-FLAGS = [  # flags, words of the answer
+FLAGS = [  # flags, words of the error message
     ("--arch resnet-18", ["arch", "resnet-18", "did you mean resnet18?"]),
     ("--arch wrn33_10", ["arch", "6n + 4"]),
     ("--dataset cifar11", ["dataset", "cifar11", "did you mean cifar10?"]),
@@ -78,7 +78,7 @@ def test_train(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = line_of(train.main, flags.split(), capsys)
     assert all(word in line for word in words), line
-    assert not (tmp_path / "runs").exists()  # a mistake leaves no run folder
+    assert not (tmp_path / "runs").exists()  # a mistake creates no run folder
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_help_names_every_setting_with_its_default(capsys):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A good file, and files that are wrong in one way each."""
+    """A good file of weights, and files with one fault each."""
     state = build_model("resnet8", 10).state_dict()
     torch.save(state, tmp_path / "good.pt")
     data = (tmp_path / "good.pt").read_bytes()
@@ -245,7 +245,7 @@ def test_out_of_memory_outside_a_step_is_one_line(capsys):
 @pytest.mark.parametrize("closed", ["stdout", "both"])
 @pytest.mark.parametrize("what", ["lines", "mistake", "table", "command"])
 def test_a_reader_that_goes_away_gets_no_traceback(what, closed):
-    """As in `fastafd ... | head`, also where what is printed is still in Python's buffer at the end."""
+    """As with `fastafd ... | head`, also if the output is still in Python's buffer at the end."""
     code = """
 import sys
 from fastafd import cli

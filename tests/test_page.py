@@ -1,4 +1,4 @@
-"""The page: whole, valid, alone, and nothing on it that a name could break."""
+"""The HTML page: complete, valid, without outside resources, and safe with any names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastafd.reporting import figures
 from fastafd.reporting.markdown import Table, markdown
 from fastafd.reporting.page import seconds_by_part, tables_html, write_page
 
-VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # those of the page that have no end tag
+VOID = {"meta", "img", "circle", "rect", "path", "polyline"}  # elements of the page without an end tag
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes), the text outside of <style>; fails where tags are not balanced."""
+    """The elements as (tag, attributes), and the text outside of <style>; fails if tags are not balanced."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -58,7 +58,7 @@ def page_of(tmp_path, runs, tables=(), drawn=()):
 
 
 def alone(page):
-    """No script, nothing loaded by an element or by the style, ids once, images with a text, links to what is there."""
+    """Check that the page has no script, loads nothing, and has unique ids, texts for images and links that exist."""
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
@@ -82,7 +82,7 @@ def pictures(page):
 def test_one_run(tmp_path):
     run = make_run(tmp_path / "run", changed={"batch_size": 64, "attack.steps": 7})
     page = alone(page_of(tmp_path, [run], [("Results", [Table(["a", "b"], [["x", "1"]])])]))
-    assert not page.all("nav")  # a table of contents of one run would list nothing
+    assert not page.all("nav")  # one run needs no table of contents
     for said in ("AFD on digits", "CPU, 1 threads", "2026-11-22 07:15 UTC", "2.14.1+cu130", "3.11.7", "magnified 16"):
         assert said in page.text
     assert "batch_size64 not the recipe's" in page.text and "epochs2 not" not in page.text
@@ -90,7 +90,7 @@ def test_one_run(tmp_path):
     assert "attack.eps8/255" in page.text
     assert re.search(r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00 \[50\.0, 70\.0\] n=100not run", page.text)
     points = [line["points"].count(",") for line in page.all("polyline")]
-    assert points == [4, 4, 4]  # clean, adversarial, loss: a point a line of the log
+    assert points == [4, 4, 4]  # clean, adversarial, loss: one point for each line of the log
 
 
 def test_a_run_from_before_settings_had_dotted_names(tmp_path):
@@ -123,7 +123,9 @@ def test_examples_show_what_was_kept(tmp_path):
     change = kept["perturbation"][2].astype(np.float64)
     attacked = np.clip(kept["images"][2] / 255 + change, 0, 1)
     assert np.abs(pixels("attacked image of eel, taken for dog") / 255 - attacked).max() < 1 / 255
-    magnified = pixels("its perturbation, magnified 16 times").astype(float)  # the last of its name: the third image's
+    magnified = pixels("its perturbation, magnified 16 times").astype(
+        float
+    )  # the last picture with that text: the third image's
     assert np.abs(magnified / 255 - (change * 255 / 8 * 0.5 + 0.5)).max() < 1 / 255
 
 

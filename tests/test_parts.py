@@ -59,7 +59,7 @@ def script(parts, name, code, cap=60.0, left_out=""):
 
 
 def running(pid: int) -> bool:
-    """Whether the process is there, and not merely its exit code."""
+    """True if the process still runs; False if only its exit code is left."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -113,7 +113,7 @@ def test_with_the_budget_spent_the_rest_is_left_out(parts, tmp_path):
 
 
 def test_the_same_folder_again_goes_on(parts, tmp_path):
-    """What is ok stays, what failed or found no time runs (again), and its seconds add up."""
+    """Parts that are ok are kept; parts that failed or got no time run (again), and their seconds add up."""
     flag = tmp_path / "flag"
     once = f"import pathlib, sys; sys.exit(not pathlib.Path({str(flag)!r}).exists())"
     chosen = [
@@ -191,7 +191,7 @@ def test_parts_are_there_and_leave_few_files(suite, tiny, tmp_path):
 
 
 def finished(folder: Path, pgd20: float, label: str = "AFD") -> None:
-    """A run folder as fastafd.train leaves it, as far as it is read."""
+    """A run folder with the parts that are read."""
     folder.mkdir(parents=True)
     figure = {"n": 4, "correct": 2, "accuracy": pgd20, "interval": [0.1, 0.9]}
     models = {

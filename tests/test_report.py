@@ -1,4 +1,4 @@
-"""Tables from run folders: what counts as a row of the paper's, what is said of seeds, of what was not run."""
+"""Tables from run folders: which runs belong to a row of the paper, several seeds, rows without runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def figure(accuracy: float, n: int = 10_000) -> dict:
 
 
 def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...], **more) -> Path:
-    """A finished run as fastafd.train leaves it, as far as tables read it."""
+    """A finished run folder with the parts that tables read."""
     arch, dataset, train = (
         more.get(key, other) for key, other in (("arch", "resnet18"), ("dataset", "cifar10"), ("train", 50_000))
     )
@@ -108,7 +108,10 @@ def test_seeds_are_one_row_of_mean_and_deviation(tmp_path):
 
 
 def test_natural_models_that_runs_began_with(tmp_path):
-    """A seed's counts once, however many runs began with it; given weights, and other networks, have their own row."""
+    """A natural model counts once for each seed, for any number of runs.
+
+    Other weights and networks have their own row.
+    """
     for seed, natural in enumerate((0.94, 0.96)):
         write_run(tmp_path / f"afd-{seed}", "AFD", "released", (0.85, 0.5, 0.4), seed=seed, natural=natural)
     short = {"changed": {"epochs": 2}, "natural": 0.94}
@@ -169,11 +172,11 @@ def test_autoattack_by_evaluation_later_counts(tmp_path):
             json.dumps({"dataset": dataset, "autoattack": figure(0.47, n)})
         )
         (run,) = read_runs([whole])
-        assert run.trained["autoattack"]["accuracy"] == expected  # of more images, and of the run's own
+        assert run.trained["autoattack"]["accuracy"] == expected  # the one with more images, and the run's own
 
 
 def test_only_seeds_are_averaged(tmp_path):
-    """Sweeps, other starts, other recipes and a seed that ran twice are no seeds of the published row."""
+    """Sweeps, other starting weights, other recipes and a repeated seed do not count as seeds of the published row."""
     write_run(tmp_path / "released-seed0", "AFD", "released", (0.80, 0.5, 0.4))
     write_run(tmp_path / "again", "AFD", "released", (0.80, 0.5, 0.4))
     write_run(tmp_path / "gamma-25-seed0", "AFD", "released", (0.10, 0.5, 0.4))
@@ -200,7 +203,7 @@ def test_unfinished_folders_are_passed_over(tmp_path):
 
 
 def test_figures_of_the_paper_are_what_its_text_says():
-    """A slip in a figure is seen by the averages that the paper prints beside them."""
+    """A wrong number shows, because the paper prints averages beside the numbers."""
     text = next((ROOT.parent / "shared" / "paper").glob("001_*.txt"), None)
     if text is None:
         pytest.skip("the paper's text is not beside the checkout")

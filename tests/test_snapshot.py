@@ -1,4 +1,4 @@
-"""The snapshot that the fast engine attacks: the network in eval mode, folded where it can be."""
+"""The snapshot that the fast engine attacks: the network in eval mode, with BatchNorms folded if possible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def torchvision_net(name: str) -> nn.Module:
     ],
 )
 def test_snapshot_is_the_network_in_eval_mode(build, folded, affine, pools):
-    """Logits and the input's gradient, in float64, also after the weights have moved."""
+    """Logits and the input's gradient in float64, also after the weights have moved."""
     torch.manual_seed(0)
     model = fastafd.disentangle(unsettled(build())).double().eval()
     nn.init.normal_(model.d1.weight, std=0.05)
@@ -67,7 +67,10 @@ def test_snapshot_forms_no_gradient_of_a_weight_and_shares_no_memory():
 
 
 class Odd(Tiny):
-    """What the folding must leave alone: a hook, an operand by its name, a weight that the forward reads."""
+    """Modules that must not be folded.
+
+    One with a hook, one with a keyword argument, one whose weight the forward reads.
+    """
 
     def __init__(self):
         super().__init__()
@@ -103,7 +106,7 @@ def test_what_cannot_be_folded_is_left_as_it_is():
     ],
 )
 def test_images_in_the_type_of_the_first_convolution(build, leaf):
-    """Where nothing else reads them: the gradient is the same to the bit, without its cast."""
+    """If nothing else reads the images, the gradient is bit for bit the same, without its cast."""
     torch.manual_seed(0)
     model = fastafd.disentangle(unsettled(build()))
     snapshot = Snapshot(model.backbone, torch.bfloat16, model.classifier, model.d1)
@@ -112,7 +115,7 @@ def test_images_in_the_type_of_the_first_convolution(build, leaf):
     assert Snapshot(model.backbone, torch.float32).leaf in (
         torch.float32,
         None,
-    )  # as wide as the images: nothing is cast
+    )  # the same type as the images, so nothing is cast
     if leaf is not None:
         x, y = torch.rand(2, 3, 16, 16), torch.tensor([1, 3])
         wide = snapshot.gradient(x.clone().requires_grad_(), y)

@@ -1,4 +1,4 @@
-"""Many runs in one command: their flags, their folders, going on."""
+"""Many runs in one command: their flags, their folders, resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m fastafd.verify: a right step passes whatever the luck, and what is planted is found where it stands."""
+"""python -m fastafd.verify: a correct step passes every time, and planted faults are found in the right group."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Refuses(OnTheCPU):
 
 
 class WithOldInputs(OnTheCPU):
-    """A replay that does not see the new images."""
+    """A replay that does not read the new images."""
 
     def _record(self, *inputs):
         recorded, held, outputs = super()._record(*inputs)
@@ -97,7 +97,7 @@ class WithOldInputs(OnTheCPU):
 
 
 class WithoutAverage(OnTheCPU):
-    """A recording from which the average is missing."""
+    """A recording without the weight average."""
 
     def _record(self, *inputs):
         engine = self.step.engine
@@ -115,7 +115,7 @@ class WithoutAverage(OnTheCPU):
 
 
 class WithALongerLoss(OnTheCPU):
-    """A replay whose loss, and with it every gradient, is 10 % too large."""
+    """A replay whose loss and gradients are 10 % too large."""
 
     def _record(self, *inputs):
         recorded, held, outputs = super()._record(*inputs)
@@ -129,7 +129,7 @@ class WithALongerLoss(OnTheCPU):
 
 
 class WithOldRates(OnTheCPU):
-    """A recording that keeps the learning rates it was made with."""
+    """A recording that keeps its first learning rates."""
 
     def _record(self, *inputs):
         recorded, held, outputs = super()._record(*inputs)
@@ -169,7 +169,7 @@ def test_a_replayed_step_is_compared_with_an_unrecorded_one(graphs, group, amp, 
     with uncompiled():
         result = certificate(*SMALL, "--amp", amp)
     (unreplayed,) = [row for row in result["rows"] if row["quantity"] == "steps that were not replayed"]
-    _, step = fast  # that of float64 is compared without its graph
+    _, step = fast  # the float64 step is compared without its graph
     assert step.graphs.replays == 3 - unreplayed["fast"] and len(step.graphs.recorded) == (graphs is not Refuses)
     if group is None:
         assert result["verified"] and unreplayed["fast"] == 0
@@ -193,7 +193,7 @@ def test_one_flip_does_not_decide_and_a_median_does():
     small, flip, wrong = 1e-6, 1e-2, 0.01
     assert rows([small] * 5, [small] * 5) and rows([small] * 5, [small, flip, small, flip, small])
     assert not rows([small] * 5, [wrong] * 5)
-    assert not rows([0.5] * 5, [0.5] * 5)  # eager as wrong as that is no excuse
+    assert not rows([0.5] * 5, [0.5] * 5)  # an equally wrong eager step is no excuse
     assert not rows([small] * 5, [float("nan")] * 5)
 
 
@@ -232,7 +232,7 @@ def test_a_gradient_without_length_is_not_relative_to_it():
 
 
 def test_ties_of_wrong_classes_do_not_decide_over_a_kernel(monkeypatch):
-    """A kernel that sums in another order may take the other of two likeliest wrong classes, and be right."""
+    """A kernel that sums in another order may choose the other of two tied wrong classes and still be right."""
     generator = torch.Generator().manual_seed(0)
     g, t = (torch.randn(8, 16, generator=generator) for _ in range(2))
     d1, d2 = (torch.eye(16) + 0.1 * torch.randn(16, 16, generator=generator) for _ in range(2))
@@ -258,7 +258,7 @@ def test_ties_of_wrong_classes_do_not_decide_over_a_kernel(monkeypatch):
 
 
 def test_a_kernel_is_checked_at_each_of_its_shapes():
-    """A form of convolutions is launched at many; a fault at one of them must show."""
+    """A form is launched for many convolutions; a fault in one of them must show."""
     watch, generator = Watch(), torch.Generator().manual_seed(0)
     shapes = [((2, 3, 8, 8), (4, 3, 3, 3)), ((2, 4, 8, 8), (4, 4, 1, 1))]
     operands = [(*(torch.randn(shape, generator=generator) for shape in pair), torch.randn(4)) for pair in shapes]

@@ -1,4 +1,4 @@
-"""A network of two blocks, batches and AFD steps: what the tests of the fast engine run."""
+"""A network of two blocks, batches and AFD steps, for the tests of the fast engine."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Tiny(nn.Module):
 
 
 class Wilful(Tiny):
-    """What torch.fx cannot trace: a branch on the images' values."""
+    """A network that torch.fx cannot trace: it branches on the images' values."""
 
     def forward(self, x):
         return super().forward(x if bool(x.max() > 2) else x * 1.0)
 
 
 def unsettled(net: nn.Module) -> nn.Module:
-    """The network with statistics and BatchNorm parameters of its own, as a trained one has."""
+    """Give the network statistics and BatchNorm parameters like those of a trained one."""
     torch.manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -55,7 +55,7 @@ def unsettled(net: nn.Module) -> nn.Module:
 
 
 def tiny(kind: type[nn.Module] = Tiny, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """In float64: where two engines round otherwise, signs of the attack's gradient would part their ways."""
+    """In float64, because different rounding errors would change signs of the attack's gradient."""
     torch.manual_seed(0)
     return unsettled(kind()).to(dtype, memory_format=torch.channels_last)
 
