@@ -98,16 +98,16 @@ def calls() -> Iterator[tuple[str, tuple]]:
 
 def launchers() -> list[dict]:
     """For every call: the results of the launcher and of the fake kernel, and the number of launched kernels."""
-    calls = []
+    launches = []
     with recorder.Recorder():
         for name, operands in calls():
             op, counted = getattr(torch.ops.fastafd, name).default, []
             with recorder.kernels_noted(counted):
                 launcher = recorder.facts(recorder.launcher(op)(*operands))
             same = launcher == recorder.facts(op(*operands))
-            calls.append({"operation": name, "operands": str(recorder.facts(operands)), "same": same})
-            calls[-1]["kernels"] = len(counted)
-    return calls
+            launch = {"operation": name, "operands": str(recorder.facts(operands)), "same": same}
+            launches.append(launch | {"kernels": len(counted)})
+    return launches
 
 
 def main(out: Path) -> None:

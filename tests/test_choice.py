@@ -217,10 +217,10 @@ def test_a_resumed_run_keeps_its_forms(capsys, tmp_path):
     assert second.engine.choice.clock.asked == [] and second.arms == first.arms
     capsys.readouterr()
     third.load_state_dict(state | {"arms": state["arms"] | {"machine": "torch 1 NVIDIA H100"}})
-    assert "chosen anew: the run began on torch 1 NVIDIA H100, this is torch" in capsys.readouterr().err
+    assert "chosen anew: the run started on torch 1 NVIDIA H100, this is torch" in capsys.readouterr().err
     gone = state["arms"]["forms"] | {STEM: "woven"}
     third.load_state_dict(state | {"arms": state["arms"] | {"forms": gone}})
-    assert "forms that there are no longer, chosen anew: woven" in capsys.readouterr().err
+    assert "forms that no longer exist; they are chosen anew: woven" in capsys.readouterr().err
     third.engine.choice._kept.clear()
     third.engine.choice.choose(X)
     assert third.arms["forms"] == {STEM: "turned", LAST: "turned"}

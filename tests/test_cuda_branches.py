@@ -231,7 +231,7 @@ def test_ffcv_batches_reach_a_gpu_through_pinned_memory_of_torchs_own(monkeypatc
     monkeypatch.setattr(torch, "empty_like", empty_like)
     Lent.moves = []
     lent = torch.arange(4, dtype=torch.uint8)
-    got = FfcvLoader.own(SimpleNamespace(device=CUDA), lent)
+    got = FfcvLoader.copied(SimpleNamespace(device=CUDA), lent)
     lent.zero_()
     assert got.tolist() == [0, 1, 2, 3] and made == [True] and Lent.moves == [("cuda:0", True)]
 

@@ -327,7 +327,7 @@ def test_a_changed_source_gets_a_new_beton(split, tmp_path):
     images = split.images().copy()
     images[0, 0, 0, 0] ^= 1
     new = ensure_beton(ArraySplit(images, split.labels), "digits", tmp_path, lines.append)
-    assert new != path and "the source is not that of" in lines[1] and path.name in lines[1]
+    assert new != path and "the source differs from that of" in lines[1] and path.name in lines[1]
 
 
 @needs_ffcv
