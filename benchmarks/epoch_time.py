@@ -13,7 +13,7 @@ One process, all forms alive at once and timed in turn, round after round; the m
     strong       eager bf16 channels_last (fp32 on a CPU)
     compiled     strong under torch.compile
     fast         fastafd's fast engine; on CUDA one graph a step
-    fast, without X   plain PyTorch in the place of kernel X, compiled
+    fast, without X   plain PyTorch instead of kernel X, compiled
 
 An epoch is 390 batches of 128 of CIFAR-10's 50,000 images, the last short one dropped. A sample's epoch is its median
 step times 390; "whole epoch" rows run all of it, loader included. FLOPs are counted (FlopCounterMode), not assumed.

@@ -6,9 +6,9 @@
     python -m benchmarks.generated --arms plain fused     # with forms of the attack's convolutions wherever they apply
 
 Runs the whole step, in bf16, on fake CUDA tensors: Dynamo, AOTAutograd and Inductor generate the code of an H100, and
-every launch is noted in the place of being made, with what it reads and writes. Printed are for each part of the step
-its launches, FLOPs, bytes and roofline; the same total with a cache, and with a floor and a gap for each launch; the
-most expensive kernels of Inductor's; tensors that are not channels_last; what is copied, cast or permuted.
+every launch is recorded instead of run, with what it reads and writes. Prints the launches, FLOPs, bytes and roofline
+of each part of the step; the same total with a cache, and with a floor and a gap for each launch; Inductor's most
+expensive kernels; tensors that are not channels_last; what is copied, cast or permuted.
 
 A launch takes the longer of its FLOPs at 798 TFLOP/s (a bf16 product of 8192) and its bytes at 3.0 TB/s (a copy): cuDNN
 is assumed to be perfect, and every tensor comes from memory and goes there. That is the roofline of the generated code

@@ -127,7 +127,7 @@ def pgd_at() -> TrainConfig:
 
 
 def trades() -> TrainConfig:
-    """TRADES by the paper's appendix; beta and attack of its released code, but eps 8/255 in the place of 0.031."""
+    """TRADES by the paper's appendix; beta and attack of its released code, but eps 8/255 instead of 0.031."""
     attack = KLPGD(eps=8 / 255, step_size=0.007, steps=10, random_start=True)
     return replace(pgd_at(), recipe="trades", method=TRADES(kl_weight=6.0), attack=attack)
 

@@ -271,18 +271,18 @@ def test_operands_of_any_strides_and_addresses(classes, dtype):
     apart = [F.pad(v, (3, 2))[..., 3:-2] for v in whole]  # gaps between rows, and a start off 16 bytes
     apart[3] = whole[3].T.contiguous().T
     assert not apart[0].is_contiguous() and apart[0].data_ptr() % 16
-    results = []
+    runs = []
     for operands in (whole, apart):
         operands = [v.to(DEVICE) for v in operands] if not INTERPRETED else operands
         results = afd.afd_loss_fused(*operands, *WEIGHTS.values())
         g, _, _, d1, _, w, _ = operands
         grads = products.afd_gradients_fused(torch.ones((), device=DEVICE), g, d1, w, *results[4:], 0.6)
-        results.append([*results, *grads, head.attack_head_fused(g, operands[2], w, operands[6])])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        runs.append([*results, *grads, head.attack_head_fused(g, operands[2], w, operands[6])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
     g, _, y, d1, _, w, b = whole
     results = afd.afd_loss_reference(*whole, *WEIGHTS.values())
     grads = products.afd_gradients_reference(torch.ones(()), g, d1, w, *results[4:], 0.6)
-    for mine, theirs in zip(results[0], [*results, *grads, head.attack_head_reference(g, y, w, b)], strict=True):
+    for mine, theirs in zip(runs[0], [*results, *grads, head.attack_head_reference(g, y, w, b)], strict=True):
         assert (mine.dtype, mine.shape, mine.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
 
 
