@@ -44,7 +44,8 @@ def evaluate(
     larger one.
     Returns for each attack n, correct, accuracy, the Wilson 95 % interval, seconds, and the indices of a draw.
     Global generators are left as they were. Convolutions are computed in true fp32: TF32, which PyTorch allows them by
-    default, is off during the evaluation. Raises UsageError for an unknown attack, and for AutoAttack of fewer than 4 classes.
+    default, is off during the evaluation. Raises UsageError for an unknown attack, and for AutoAttack of fewer than 4
+    classes.
     """
     for attack in attacks:
         if attack not in ATTACKS:
