@@ -8,6 +8,7 @@ step by the roofline of its code) and map.svg (who imports whom). A test compare
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 from collections.abc import Iterable, Sequence
@@ -181,6 +182,9 @@ PICTURES = {"overview": overview, "epoch-time": epoch_time, "roofline": roofline
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        "benchmarks.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for name, draw in PICTURES.items():
         path: Path = ROOT / "docs" / "figures" / f"{name}.svg"
         path.write_text(draw())

@@ -11,8 +11,8 @@ Every number of the tables comes from one of these files; a test compares the pa
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,23 @@ def natural(runs: Path) -> str:
     return json.dumps({"device": result["device"], "date": result["date"], "rows": rows}, indent=1)
 
 
+TABLES = {"all": results, "overview": overview, "engines": engines, "reproduced": reproduced}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", nargs="?", default="all", choices=[*TABLES, "natural"], help="default: all")
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of runs, for natural alone")
+    args = parser.parse_args()
+    if (args.runs is None) == (args.table == "natural"):
+        parser.error("natural takes a folder of runs, the other tables none")
+    print(TABLES[args.table]() if args.runs is None else natural(args.runs))
+    return 0
+
+
 if __name__ == "__main__":
-    name = "".join(sys.argv[1:2])
-    if name == "natural":
-        print(natural(Path(sys.argv[2])))
-    else:
-        print({"": results, "overview": overview, "engines": engines, "reproduced": reproduced}[name]())
+    from fastafd.console import run as run_command
+
+    run_command(main)

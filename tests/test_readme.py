@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
+import warnings
 
 import pytest
 import torch
@@ -112,6 +115,21 @@ def test_flags_exist():
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     known |= {"--" + name for recipe in RECIPES.values() for name in vars(recipe().method)}
     assert {flag.rstrip(".-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]+", EVERYTHING)} <= known
+
+
+SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("word, code", [("--help", 0), ("--no-such-flag", 2)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_explains_itself(script, word, code, monkeypatch, capsys):
+    """`--help` prints the usage and measures or draws nothing; a wrong flag is a usage error, not a traceback."""
+    monkeypatch.setattr(sys, "argv", [script, word])
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module was imported before it runs as a script
+        runpy.run_module(f"benchmarks.{script}", run_name="__main__")
+    output = capsys.readouterr()
+    assert stop.value.code == code and "usage: " in (output.out if code == 0 else output.err)
 
 
 CONFIGS = {
