@@ -1,5 +1,7 @@
 """python -m fastafd.evaluate: clean, PGD-20 and AutoAttack accuracy of a run or of any weights, with intervals.
 
+The attacks have the eps that the run was trained with, 8/255 for other weights.
+
     python -m fastafd.evaluate runs/NAME --attack pgd20
     python -m fastafd.evaluate --arch resnet18 --weights FILE --dataset cifar10 --attack autoattack --n 1000 --json
 
@@ -19,10 +21,10 @@ from fastafd.checkpoint import fit_weights, load_model_about, load_weights
 from fastafd.console import Console
 from fastafd.data import load_dataset
 from fastafd.device import provenance, resolve_device
-from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
+from fastafd.evaluation import ATTACKS, EPS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model
-from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
+from fastafd.settings import UsageError, check, choice, number, optional, path, pixels, setting, switch, text
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ def main(argv: list[str]) -> None:
         )
     shown = Path(str(config.model or config.weights))
 
+    eps = pixels(about.get("eps", (settings.get("attack") or {}).get("eps", EPS)), "eps")  # that of the training
     result = evaluate(
         net.to(device),
         dataset.test,
         ATTACKS[: ATTACKS.index(config.attack) + 1],
+        eps=eps,
         n=config.n,
         autoattack_n=config.n,
         batch_size=config.batch_size,
@@ -100,7 +104,8 @@ def main(argv: list[str]) -> None:
     if config.json:
         print(as_json(result))
     else:
-        show_accuracies({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+        threat = f"l-infinity, eps {result['eps']}"
+        show_accuracies({shown.name: result}, console, f"{dataset_name}, {threat}, Wilson 95 % intervals")
 
 
 def run_settings(model: Path | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from fastafd.files import as_json, save_text
 from fastafd.models import Disentangled, check_model
 from fastafd.recipes import find_recipe, matched
 from fastafd.samples import save_samples
-from fastafd.settings import UsageError
+from fastafd.settings import UsageError, in_255ths
 from fastafd.training import build
 from fastafd.training.engine import engine_of
 from fastafd.training.natural import build_loader, fresh_model, header_for, pretrain, pretrained_model
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     # Train. `merge` turns the trained model into a plain classifier.
     trained = build.train(config, start, held_out, loader, dataset, folder, console)
     classifier = trained.model.merge()
-    save_model(folder / "model.safetensors", classifier, header_for(task, dataset))
+    save_model(folder / "model.safetensors", classifier, header_for(task, dataset) | {"eps": config.attack.eps})
 
     # Evaluate all models on the same test images.
     evaluation_began = time.monotonic()
@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
             model,
             dataset.test,
             model_attacks,
+            eps=config.attack.eps,
             n=config.eval_n,
             autoattack_n=config.autoattack_n,
             seed=task.seed,
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> None:
         )
         for name, (model, model_attacks) in models.items()
     }
-    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed)
+    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed, config.attack.eps)
     changed = cli.changes(matched(recipe) if config.matched else recipe, config)
     pretrains = method.begins == "natural" and config.pretrained is None
     summary: dict[str, Any] = {
@@ -136,7 +137,8 @@ def main(argv: list[str]) -> None:
         **json.loads((folder / "env.json").read_text()),
     }
     save_text(folder / "result.json", as_json(summary))
-    show_accuracies(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+    threat = f"l-infinity, eps {in_255ths(config.attack.eps)}"
+    show_accuracies(results, console, f"{task.arch} on {dataset.name}, {threat}, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
 

@@ -15,7 +15,7 @@ from fastafd.attacks import KLPGD, PGD
 from fastafd.checkpoint import fit_weights, load_weights, save_model
 from fastafd.console import Console
 from fastafd.data import ArraySplit, load_dataset, to_unit
-from fastafd.evaluation import ATTACKS, PGD20, evaluate, measurements, run_autoattack
+from fastafd.evaluation import ATTACKS, evaluate, measurements, pgd20, run_autoattack
 from fastafd.kernels import linf_step
 from fastafd.models import build_model, split
 from fastafd.samples import save_samples
@@ -56,11 +56,11 @@ def test_counts_are_those_of_a_plain_loop(classifier, digits):
     generator, correct = torch.Generator().manual_seed(0), 0
     for first in range(0, 50, 16):
         images = x[first : first + 16].contiguous(memory_format=torch.channels_last)
-        x_adv = PGD20(classifier, images, y[first : first + 16], generator)
+        x_adv = pgd20()(classifier, images, y[first : first + 16], generator)
         correct += int((classifier(x_adv).argmax(1) == y[first : first + 16]).sum())
     assert result["pgd20"]["correct"] == correct
     assert result["pgd20"]["accuracy"] == correct / 50 < result["clean"]["accuracy"]
-    assert (PGD20.eps, PGD20.step_size, PGD20.steps, PGD20.random_start) == (8 / 255, 0.003, 20, True)
+    assert (attack := pgd20()) == PGD(8 / 255, 0.003, 20, True) and attack.step_size == 0.003
 
 
 class Operations(torch.utils._python_dispatch.TorchDispatchMode):
@@ -82,7 +82,7 @@ def test_no_kernel_of_fastafd_runs(what, classifier, digits, tmp_path):
     held = ArraySplit(digits.test.images(np.arange(8)), digits.test.labels[:8])
     run = {
         "evaluation": lambda: evaluate(classifier, digits.test, ATTACKS, n=8, autoattack_n=2, console=Console()),
-        "samples": lambda: save_samples(tmp_path / "samples.npz", split(classifier), digits.test, 8, 0),
+        "samples": lambda: save_samples(tmp_path / "samples.npz", split(classifier), digits.test, 8, 0, 8 / 255),
         "choice of RiFT": lambda: choose_mixture(classifier, classifier, held, PGD(steps=2), 0.1, 0, Console()),
         "PGD": lambda: PGD(steps=2)(classifier, x, y),
         "KLPGD": lambda: KLPGD(steps=2)(classifier, x, y),
