@@ -15,7 +15,7 @@ import json
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -166,23 +166,23 @@ def find_states(content: Any) -> list[StateDict]:
             continue
         seen.add(id(container))
         entries = dict(entries_of(container))
-        tensors = {name: value for name, value in entries.items() if plain(value)}
-        if tensors and not isinstance(container, (list, tuple)):
+        tensors = {name: value for name, value in entries.items() if isinstance(name, str) and plain(value)}
+        if tensors:
             states.append(StateDict(place, tensors))
-        found += [((*place, name), value) for name, value in entries.items() if isinstance(value, CONTAINERS)]
+        found += [((*place, str(name)), value) for name, value in entries.items() if isinstance(value, CONTAINERS)]
     return states
 
 
 CONTAINERS = (dict, list, tuple, argparse.Namespace, types.SimpleNamespace)
 
 
-def entries_of(container: Any) -> Iterator[tuple[str, Any]]:
-    """The names and values in a container; places count in a list."""
+def entries_of(container: Any) -> Iterable[tuple[object, Any]]:
+    """The names and values in a container; in a list, a number is the name."""
     if isinstance(container, (list, tuple)):
-        yield from ((str(index), value) for index, value in enumerate(container))
-    elif isinstance(container, CONTAINERS):
-        entries = container if isinstance(container, dict) else vars(container)
-        yield from ((name, value) for name, value in entries.items() if isinstance(name, str))
+        return enumerate(container)
+    if isinstance(container, dict):
+        return container.items()
+    return vars(container).items() if isinstance(container, CONTAINERS) else ()
 
 
 NUMBERS = {
@@ -235,7 +235,7 @@ def check_classifier(weights: Weights, arch: str, normalize: str) -> None:
     for name, wanted in (("arch", arch), ("normalize", normalize)):
         got = weights.header.get(name, wanted)
         if got != wanted:
-            raise weights.error(f"holds a classifier of {name} {got}, takes {wanted}")
+            raise weights.error(f"holds a classifier of --{name} {got}, takes --{name} {wanted}")
 
 
 def check_classes(weights: Weights, classes: Sequence[str]) -> None:
@@ -383,8 +383,8 @@ def misfit(match: Match, core: nn.Module, own: Tensors) -> str:
     """Why a match does not fit, in words."""
     inside = f" (in {shown(match)})" if match.place else ""
     if match.missing or match.unknown:
-        problems = [f"{len(match.missing)} of {len(own)} tensors are missing{first(match.missing)}"]
-        problems += [f"{len(match.unknown)} are unknown{first(match.unknown)}"] if match.unknown else []
+        kinds = (("missing", match.missing), ("unknown", match.unknown))
+        problems = [f"{len(names)} {kind} tensors, such as {min(names)}" for kind, names in kinds if names]
         return f"does not fit the architecture{inside}: {' and '.join(problems)}"
     key = match.unlike[0]
     got, takes = match.tensors[key], own[key]
@@ -394,10 +394,6 @@ def misfit(match: Match, core: nn.Module, own: Tensors) -> str:
     if got.shape == takes.shape:
         return f"does not fit the architecture{inside}: {key} has numbers of {got.dtype}, takes {takes.dtype}"
     return f"does not fit the architecture{inside}: {key} is {tuple(got.shape)}, takes {tuple(takes.shape)}"
-
-
-def first(names: Sequence[str]) -> str:
-    return f", such as {min(names)}," if names else ""
 
 
 def shown(match: Match) -> str:
