@@ -196,7 +196,7 @@ def plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in NUMBERS and not value.is_meta
 
 
-# -- the header of a file of fastafd --------------------------------------------------------------------------------
+# -- the header of a file of fastafd ------------------------------------------------------------------------------
 
 HEADER: dict[str, tuple[type, ...]] = {
     "arch": (str,),
@@ -217,9 +217,10 @@ def parse_header(text: str | None, path: Path, field: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise UsageError(f"{field}: {path} has a header of fastafd that cannot be read")
     header = {name: value for name, value in header.items() if value is not None}
-    for name in HEADER.keys() & header.keys():
-        if not isinstance(header[name], HEADER[name]) or isinstance(header[name], bool):
-            raise UsageError(f"{field}: {path} has a header whose {name} is {header[name]!r}")
+    for name in HEADER:
+        value = header.get(name)
+        if value is not None and (not isinstance(value, HEADER[name]) or isinstance(value, bool)):
+            raise UsageError(f"{field}: {path} has a header whose {name} is {value!r:.60}")
     count, classes = header.get("num_classes"), header.get("classes")
     if count is not None and not 1 <= count <= MOST_CLASSES:
         raise UsageError(f"{field}: {path} has a header whose num_classes is {count}, takes 1 to {MOST_CLASSES}")
@@ -397,6 +398,7 @@ def misfit(match: Match, core: nn.Module, own: Tensors) -> str:
 
 
 def shown(match: Match) -> str:
+    """Where the tensors are, for a message."""
     return ".".join(match.place) or "the top level"
 
 
@@ -438,10 +440,12 @@ def same(one: Match, other: Match) -> bool:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
+    """True for equal numbers of the same type."""
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 def check_finite(tensors: Tensors, weights: Weights) -> None:
+    """Raise UsageError, with its name, for a tensor that holds NaN or infinity."""
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise weights.error(f"holds numbers that are not finite, in {name}")
@@ -468,6 +472,7 @@ class Normalisation(NamedTuple):
     std: Tensor
 
     def differs(self, other: Normalisation) -> bool:
+        """True if any number is more than CLOSE away."""
         return any((a - b).abs().max() > CLOSE for a, b in zip(self, other))
 
     def __str__(self) -> str:

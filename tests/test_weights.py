@@ -135,7 +135,9 @@ def test_what_lies_beside_the_weights_does_not_matter(what, zipped, tmp_path):
     assert holds(net, RAW)
 
 
-@pytest.mark.parametrize("what", ["averaged", "cycle", "optimizer", "namespace", "parameters", "wrapped block", "half"])
+@pytest.mark.parametrize(
+    "what", ["averaged", "cycle", "optimizer", "namespace", "parameters", "wrapped block", "double"]
+)
 def test_other_wrappings(what, tmp_path):
     content = {
         "averaged": averaged_model,
@@ -144,7 +146,7 @@ def test_other_wrappings(what, tmp_path):
         "namespace": lambda: argparse.Namespace(weights=RAW),
         "parameters": lambda: {name: value if "num" in name else nn.Parameter(value) for name, value in RAW.items()},
         "wrapped block": lambda: {name.replace("layer1.", "layer1._orig_mod.module."): v for name, v in RAW.items()},
-        "half": lambda: {name: value.double() if "num" not in name else value for name, value in RAW.items()},
+        "double": lambda: {name: value.double() if "num" not in name else value for name, value in RAW.items()},
     }[what]()
     net, lines = load(content, tmp_path)
     assert holds(net, RAW) and lines == []
