@@ -38,8 +38,16 @@ from fastafd.samples import save_samples
 from fastafd.settings import UsageError, in_255ths
 from fastafd.training import build
 from fastafd.training.engine import engine_of
-from fastafd.training.natural import build_loader, fresh_model, header_for, pretrain, pretrained_model
+from fastafd.training.natural import (
+    build_loader,
+    fresh_model,
+    header_for,
+    pretrain,
+    pretrained_model,
+    read_pretrained,
+)
 from fastafd.training.rift import hold_out
+from fastafd.weights import Weights
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +66,7 @@ def main(argv: list[str]) -> None:
 
     # Load the images and the weights that the method starts from. The run folder keeps a copy of these weights, because
     # they are the teacher, after a resume too.
+    pretrained = given_weights(config, folder)
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
     classes = len(dataset.classes)
     console.line(
@@ -70,7 +79,7 @@ def main(argv: list[str]) -> None:
         train, held_out = hold_out(dataset.train, method.held_out, task.seed)
         dataset = dataclasses.replace(dataset, train=train)
     loader = build_loader(task, config.sgd.batch_size, dataset, device, console)
-    weights = starting_weights(config, folder, dataset, console)
+    weights = starting_weights(config, folder, pretrained, dataset, console)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
@@ -163,30 +172,37 @@ def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def starting_weights(
-    config: TrainConfig, folder: Path, dataset: Dataset, console: Console
-) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The model that the method starts from, and the header of its file; None if it must be pre-trained first.
+def given_weights(config: TrainConfig, folder: Path) -> Weights | None:
+    """What is in the file of `pretrained`; None if the method starts from other weights, or the run folder has a copy.
 
-    Raises UsageError for weights that the method cannot start from.
+    Raises UsageError, before any image is read, for weights that the method cannot start from.
     """
-    begins, copy = config.method.begins, folder / f"{config.method.begins}.safetensors"
-    if begins == "scratch":
-        if config.pretrained is not None:
-            raise UsageError(
-                f"pretrained: got {config.pretrained}, and recipe {config.recipe} starts from fresh weights"
-            )
-        return fresh_model(config.task, dataset), {}
-    if copy.exists():
-        return load_model_about(copy)
-    if config.pretrained is not None:
-        return pretrained_model(config.pretrained, config.task, dataset, console)
-    if begins == "robust":
+    begins = config.method.begins
+    if begins == "scratch" and config.pretrained is not None:
+        raise UsageError(f"pretrained: got {config.pretrained}, and recipe {config.recipe} starts from fresh weights")
+    if begins == "scratch" or (folder / f"{begins}.safetensors").exists():
+        return None
+    if begins == "robust" and config.pretrained is None:
         raise UsageError(
             f"pretrained: got none, and recipe {config.recipe} starts from an adversarially trained model,"
             " such as the run folder of recipe pgd_at"
         )
-    return None
+    return None if config.pretrained is None else read_pretrained(config.pretrained, config.task)
+
+
+def starting_weights(
+    config: TrainConfig, folder: Path, pretrained: Weights | None, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The model that the method starts from, and the header of its file; None if it must be pre-trained first.
+
+    pretrained: those of `given_weights`. Raises UsageError if they do not fit the classifier or the data set.
+    """
+    begins, copy = config.method.begins, folder / f"{config.method.begins}.safetensors"
+    if begins == "scratch":
+        return fresh_model(config.task, dataset), {}
+    if copy.exists():
+        return load_model_about(copy)
+    return None if pretrained is None else pretrained_model(pretrained, config.task, dataset, console)
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:

@@ -1,4 +1,4 @@
-"""Evaluation: what is counted, AutoAttack through the library's traps, weights of others."""
+"""Evaluation: what is counted, and AutoAttack through the library's traps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import fastafd
 from fastafd.attacks import KLPGD, PGD
-from fastafd.checkpoint import fit_weights, load_weights, save_model
+from fastafd.checkpoint import save_model
 from fastafd.console import Console
 from fastafd.data import ArraySplit, load_dataset, to_unit
 from fastafd.evaluation import ATTACKS, evaluate, measurements, pgd20, run_autoattack
@@ -185,61 +185,6 @@ def test_command_on_a_run_like_file(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["clean"]["n"] == 30 and len(result["clean"]["indices"]) == 30
     assert {"device", "versions", "date", "seed", "eps", "dataset"} <= set(result)
-
-
-# -- weights of others --------------------------------------------------------------------------------------------
-
-
-def wrapped(state, how):
-    prefixes = {
-        "module": "module.",
-        "compiled": "_orig_mod.",
-        "both": "module._orig_mod.",
-        "twice": "_orig_mod.module._orig_mod.",
-    }
-    if how in prefixes:
-        return {prefixes[how] + name: value for name, value in state.items()}
-    return {
-        "state_dict": {"state_dict": state},
-        "model": {"model": state, "epoch": 3},
-        "net": {"net": state, "acc": 1.0},
-        "deep": {"model": {"state_dict": {"module." + n: v for n, v in state.items()}}},
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["module", "compiled", "both", "twice", "state_dict", "model", "net", "deep"])
-def test_wrappers_come_off(how, tmp_path):
-    state = build_model("resnet8", 10).state_dict()
-    torch.save(wrapped(state, how), tmp_path / "file.pt")
-    net = build_model("resnet8", 10)
-    fit_weights(net, load_weights(tmp_path / "file.pt"), "file")
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-
-
-def test_old_files_without_counters_and_trades_files_with_a_spare_block(tmp_path):
-    state = build_model("wrn10_2", 10).state_dict()
-    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    old |= {f"sub_{name}": value for name, value in old.items() if name.startswith("block1.")}
-    fit_weights(net := build_model("wrn10_2", 10), old, "file")
-    assert torch.equal(net.fc.weight, state["fc.weight"])
-
-
-def test_plain_weights_go_under_a_normalisation(tmp_path):
-    state = build_model("resnet8", 10).state_dict()
-    net = build_model("resnet8", 10, "cifar10")
-    fit_weights(net, dict(state), "file")
-    assert torch.equal(net.model.conv1.weight, state["conv1.weight"])
-
-
-def test_saved_classifiers_load_back_and_strictly(tmp_path):
-    net = build_model("wrn10_2", 10, "cifar100").eval()
-    about = {"arch": "wrn10_2", "num_classes": 10, "normalize": "cifar100", "image_size": 32}
-    save_model(tmp_path / "model.safetensors", net, about)
-    x = torch.rand(2, 3, 32, 32)
-    for path in (tmp_path, str(tmp_path / "model.safetensors")):
-        loaded = fastafd.load_model(path)
-        assert not loaded.training
-        torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=0)
 
 
 # -- a real, naturally trained network ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastafd.checkpoint import fit_weights, header_of, load_model_about, load_weights, save_model
+from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, make_loader
@@ -27,6 +27,7 @@ from fastafd.training.engine import resolve_engine
 from fastafd.training.loop import fit
 from fastafd.training.optim import make_sgd
 from fastafd.training.step import TrainStep
+from fastafd.weights import Weights, check_classes, check_classifier, fit_weights, read_weights
 
 
 def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
@@ -100,29 +101,40 @@ def build_loader(task: Task, batch_size: int, dataset: Dataset, device: torch.de
     )
 
 
-def pretrained_model(
-    pretrained: str, task: Task, dataset: Dataset, console: Console
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier in a file or run folder, or pyautoattack's `example`, and the header to save it with.
+def read_pretrained(pretrained: str, task: Task) -> Weights:
+    """What is in a file or run folder, or in pyautoattack's `example`. No data set is needed yet.
 
-    Raises UsageError if the weights do not fit the task's architecture.
+    Raises UsageError for a file that cannot be read, or whose header names another classifier than the task's.
     """
-    net = build_model(task.arch, len(dataset.classes), task.normalize)
     if pretrained == "example":
-        if (task.arch, dataset.name, task.normalize) != ("resnet18", "cifar10", "none"):
+        if (task.arch, task.dataset, task.normalize) != ("resnet18", "cifar10", "none"):
             raise UsageError(
                 "pretrained: 'example' is a CIFAR-10 ResNet-18 without normalisation,"
-                f" not {task.arch} on {dataset.name} with normalize {task.normalize}"
+                f" not {task.arch} on {task.dataset} with normalize {task.normalize}"
             )
         source = example_weights()
     else:
         source = Path(pretrained).expanduser()
         source = source / "model.safetensors" if source.is_dir() else source
-    fit_weights(net, load_weights(source), source)
-    console.line(f"pre-trained model: {source}")
+    weights = read_weights(source, "pretrained")
+    check_classifier(weights, task.arch, task.normalize)
+    return weights
+
+
+def pretrained_model(
+    weights: Weights, task: Task, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier of `read_pretrained`, in eval mode, and the header to save it with.
+
+    Raises UsageError if its weights do not fit the task's architecture, or its classes are not those of the data set.
+    """
+    check_classes(weights, dataset.classes)
+    net = build_model(task.arch, len(dataset.classes), task.normalize)
+    fit_weights(net, weights, console.line)
+    console.line(f"pre-trained model: {weights.path}")
     header = header_for(task, dataset)
-    if source.suffix == ".safetensors" and (seconds := header_of(source).get("pretraining_seconds")) is not None:
-        header["pretraining_seconds"] = seconds
+    if "pretraining_seconds" in weights.header:
+        header["pretraining_seconds"] = weights.header["pretraining_seconds"]
     return net.eval(), header
 
 
