@@ -149,6 +149,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     """
     try:
         _stop_on_signals()
+        _refuse_several_processes()
         with enough_memory(lambda: "Take a smaller --batch-size, or end what else uses it"):
             main(argv)
         sys.stdout.flush()  # inside this try, so that a closed pipe causes no traceback
@@ -173,6 +174,15 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         with suppress(BrokenPipeError):
             print(re.sub(r"\s+", " ", line), file=sys.stderr)
     end(code)
+
+
+def _refuse_several_processes() -> None:
+    """Raise UsageError under torchrun: each of its processes would do the same job in the same folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            f"torchrun has started {processes} processes (WORLD_SIZE), and a verb runs in one; start it with python -m"
+        )
 
 
 def _stop_on_signals() -> None:

@@ -3,7 +3,7 @@
 from fastafd.attacks.choice import Choice, machine
 from fastafd.attacks.inputs import check_images, check_labels, check_logits
 from fastafd.attacks.kl import KLPGD
-from fastafd.attacks.pgd import PGD, input_gradient
+from fastafd.attacks.pgd import PGD, input_gradient, weakness
 from fastafd.attacks.snapshot import Snapshot
 from fastafd.attacks.threat import Ball, linf_noise
 
@@ -19,4 +19,5 @@ __all__ = [
     "input_gradient",
     "linf_noise",
     "machine",
+    "weakness",
 ]

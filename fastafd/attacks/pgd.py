@@ -12,7 +12,7 @@ from torch import Tensor
 from fastafd.attacks.inputs import FirstOutput, check_images, check_labels, check_logits, recording
 from fastafd.attacks.threat import Ball, linf_noise
 from fastafd.kernels.linf_step import linf_step_reference
-from fastafd.settings import number, pixels, setting, switch
+from fastafd.settings import in_255ths, number, pixels, setting, switch
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,17 @@ class PGD(Ball):
             x_adv = x_adv.detach()
             step(x_adv, grad, x, self.eps, self.step_size)
         return x_adv if self.steps else x_adv.clamp(0.0, 1.0)  # a step ends inside [0,1]
+
+
+def weakness(attack: PGD) -> str | None:
+    """A line about an attack whose steps do not reach the border of its ball; None if they do."""
+    reach = attack.steps * attack.step_size
+    if reach >= attack.eps * (1 - 1e-6):
+        return None
+    return (
+        f"a weak attack: {attack.steps} steps of {in_255ths(attack.step_size)} reach {in_255ths(reach)},"
+        f" less than eps {in_255ths(attack.eps)}; a robustness measured or trained with it may not be there"
+    )
 
 
 def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastafd.data import Augment, Dataset, Loader, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Natural
 from fastafd.models import build_model
+from fastafd.models.cost import threads_for
 from fastafd.settings import UsageError, cache_dir
 from fastafd.training.engine import resolve_engine
 from fastafd.training.loop import fit
@@ -78,6 +80,34 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
     save_model(weights, net, header)
     (folder / "last.pt").unlink(missing_ok=True)  # the run is over, so nobody needs its optimizer state
     return net, header
+
+
+def is_cached(config: PretrainConfig, dataset: Dataset) -> bool:
+    """Whether the natural classifier of `config` has been trained before."""
+    return (folder_of(config, dataset) / "model.safetensors").exists()
+
+
+def set_threads(task: Task, multiplications: float, device: torch.device) -> Task:
+    """Let PyTorch use the task's number of CPU threads; returns the task with that number.
+
+    Without one: as many as `multiplications`, those of a forward pass on a batch, are worth, but not more than
+    OMP_NUM_THREADS. For a GPU nothing changes.
+    """
+    if device.type != "cpu":
+        return task
+    threads = task.threads or threads_for(multiplications)
+    if task.threads is None and "OMP_NUM_THREADS" in os.environ:
+        threads = min(threads, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    return dataclasses.replace(task, threads=threads)
+
+
+def check_batch_size(size: int, dataset: Dataset, field: str) -> None:
+    """Raise UsageError, for the setting `field`, for a batch that is larger than the training split."""
+    if size > len(dataset.train):
+        raise UsageError(
+            f"{field}: got {size}, takes 1..{len(dataset.train)}, the number of training images in {dataset.name}"
+        )
 
 
 def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
@@ -170,6 +200,7 @@ def shaping(config: PretrainConfig, dataset: Dataset) -> str:
         "amp": resolve_amp(task.amp, device),
         "engine": resolve_engine(task.engine, device),
         "data": dataset.train.identity,
+        "threads": task.threads,
         "sgd": dataclasses.asdict(config.sgd),
     }
     return json.dumps(shape, sort_keys=True)

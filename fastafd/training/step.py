@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Ball, check_images, check_labels, check_logits
+from fastafd.attacks import PGD, Ball, check_images, check_labels, check_logits, weakness
 from fastafd.console import Console
 from fastafd.data import Augment, Loader, to_unit
 from fastafd.device import resolve_amp
@@ -82,6 +82,8 @@ class TrainStep:
         self.attack: PGD | None = None
         if method.adversarial and method.uses_recipe_attack and attack is not None:
             self.attack = check_attack(attack, method)
+            if line := weakness(self.attack):
+                self.console.line(line)
         self.loader = loader
         if method.replays_noise and loader is None:
             raise ValueError(f"{type(method).__name__} needs loader, whose length is the number of steps in an epoch")
