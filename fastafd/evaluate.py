@@ -24,6 +24,7 @@ from fastafd.device import provenance, resolve_device
 from fastafd.evaluation import ATTACKS, EPS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import build_model, check_model
+from fastafd.models.cost import set_threads
 from fastafd.settings import UsageError, check, choice, number, optional, path, pixels, setting, switch, text
 from fastafd.weights import check_classes, check_classifier, fit_weights, other_classes, read_weights
 
@@ -47,7 +48,7 @@ class EvaluateConfig:
     data_dir: Path | None = setting(None, "folder that holds it; default: that of the run, else data", optional(path))
     image_size: int | None = setting(
         None,
-        "side in pixels that an image folder is resized to; default: that of the run",
+        "side in pixels that an image folder or digits are resized to; default: that of the run",
         optional(number(8, 1024, True)),
     )
     attack: str = setting("pgd20", "clean, pgd20 (and clean) or autoattack (and both)", choice(*ATTACKS))
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> None:
         check_model(config.arch, normalize)
         check_classifier(weights, config.arch, normalize)
     of_dataset = settings if settings.get("dataset") == dataset_name else {}
+    if about.get("dataset") == dataset_name == "digits":  # whose images have any of several sizes
+        of_dataset = {"image_size": about.get("image_size")} | of_dataset
     image_size = config.image_size or of_dataset.get("image_size")
     dataset = load_dataset(dataset_name, config.data_dir or Path(of_dataset.get("data_dir", "data")), image_size)
     if weights is not None:
@@ -102,8 +105,9 @@ def main(argv: list[str]) -> None:
     shown = Path(str(config.model or config.weights))
 
     eps = pixels(about.get("eps", (settings.get("attack") or {}).get("eps", EPS)), "eps")  # that of the training
+    set_threads(net.to(device), dataset.image_size, config.batch_size)
     result = evaluate(
-        net.to(device),
+        net,
         dataset.test,
         ATTACKS[: ATTACKS.index(config.attack) + 1],
         eps=eps,

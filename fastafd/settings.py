@@ -94,8 +94,10 @@ def pixels(value: object, field: str) -> float:
 
 def fraction(value: str) -> float:
     """The number that "0.03", "8/255" or "0.5/255" stands for. Raises ValueError for other text."""
-    above, slash, below = value.partition("/")
-    return float(Fraction(above.strip()) / Fraction(below.strip())) if slash else float(value)
+    above, *below = value.split("/")
+    if len(below) > 1:
+        raise ValueError(value)
+    return float(Fraction(above.strip()) / Fraction(below[0].strip())) if below else float(value)
 
 
 def in_255ths(length: float) -> str:

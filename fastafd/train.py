@@ -33,7 +33,7 @@ from fastafd.device import provenance, resolve_amp, resolve_device
 from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import Disentangled, check_model
-from fastafd.models.cost import multiplications
+from fastafd.models.cost import set_threads
 from fastafd.recipes import find_recipe, matched
 from fastafd.samples import save_samples
 from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths
@@ -49,7 +49,6 @@ from fastafd.training.natural import (
     pretrain,
     pretrained_model,
     read_pretrained,
-    set_threads,
 )
 from fastafd.training.rift import hold_out
 from fastafd.weights import Weights
@@ -80,7 +79,8 @@ def main(argv: list[str]) -> None:
         check_batch_size(config.pretrain.batch_size, dataset, "pretrain.batch_size")
     net = fresh_model(task, dataset) if weights is None else weights[0]
     # So are the threads: another number of them rounds otherwise.
-    task = set_threads(task, multiplications(net, dataset.image_size) * config.sgd.batch_size, device)
+    threads = set_threads(net.to(device), dataset.image_size, config.sgd.batch_size, task.threads)
+    task = dataclasses.replace(task, threads=threads)
     config = dataclasses.replace(config, task=task)
     environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
     console.line(

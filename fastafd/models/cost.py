@@ -34,6 +34,18 @@ def multiplications(net: nn.Module, image_size: int) -> int:
     return total
 
 
-def threads_for(multiplications: float) -> int:
-    """The threads that a batch of so many multiplications is worth: one for each WORTH_A_THREAD, at most one a core."""
-    return max(1, min(len(os.sched_getaffinity(0)), int(multiplications / WORTH_A_THREAD)))
+def set_threads(net: nn.Module, image_size: int, batch_size: int, threads: int | None = None) -> int | None:
+    """Let PyTorch use that many CPU threads for `net`; returns the number. On a GPU nothing changes, and it is None.
+
+    threads: None takes as many as a batch is worth, one for each WORTH_A_THREAD multiplications of a forward pass, but
+    not more than cores or OMP_NUM_THREADS. The number is a fixed function of network, batch and cores, since another
+    number of threads rounds otherwise.
+    """
+    if next(net.parameters()).device.type != "cpu":
+        return None
+    if threads is None:
+        most = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else len(os.sched_getaffinity(0))
+        worth = multiplications(net, image_size) * batch_size / WORTH_A_THREAD
+        threads = max(1, min(most, int(worth)))
+    torch.set_num_threads(threads)
+    return threads

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from fastafd.data import Augment, Dataset, Loader, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Natural
 from fastafd.models import build_model
-from fastafd.models.cost import threads_for
 from fastafd.settings import UsageError, cache_dir
 from fastafd.training.engine import resolve_engine
 from fastafd.training.loop import fit
@@ -85,21 +83,6 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
 def is_cached(config: PretrainConfig, dataset: Dataset) -> bool:
     """Whether the natural classifier of `config` has been trained before."""
     return (folder_of(config, dataset) / "model.safetensors").exists()
-
-
-def set_threads(task: Task, multiplications: float, device: torch.device) -> Task:
-    """Let PyTorch use the task's number of CPU threads; returns the task with that number.
-
-    Without one: as many as `multiplications`, those of a forward pass on a batch, are worth, but not more than
-    OMP_NUM_THREADS. For a GPU nothing changes.
-    """
-    if device.type != "cpu":
-        return task
-    threads = task.threads or threads_for(multiplications)
-    if task.threads is None and "OMP_NUM_THREADS" in os.environ:
-        threads = min(threads, torch.get_num_threads())
-    torch.set_num_threads(threads)
-    return dataclasses.replace(task, threads=threads)
 
 
 def check_batch_size(size: int, dataset: Dataset, field: str) -> None:
