@@ -1,4 +1,4 @@
-"""The settings of a run are those that it says: its eps everywhere, its threads, its stages and how long it will take."""
+"""The settings of a run are what it says: its eps everywhere, its threads, its stages, how long it will take."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_fractions_of_any_number_are_lengths(text, value):
 
 @pytest.mark.parametrize("text", ["8/255/2", "/255", "8/", "8/0", "a/255", "0x8/255", "nan", "inf/255", "-1/255"])
 def test_other_text_is_no_length(text):
-    with pytest.raises(UsageError, match="^eps: got"):
+    with pytest.raises(UsageError, match=r"^eps: got"):
         pixels(text, "eps")
 
 
@@ -203,7 +203,8 @@ def test_every_stage_is_named_with_its_number(run_at_4):
 
 
 def test_a_run_from_scratch_has_fewer_stages(digit_tree, tmp_path, capsys):
-    flags = FLAGS[: FLAGS.index("--pretrain.epochs")] + ["--eval-n", "8", "--autoattack-n", "0", "--recipe", "pgd_at"]
+    flags = FLAGS[: FLAGS.index("--pretrain.epochs")]
+    flags += "--eval-n 8 --autoattack-n 0 --recipe pgd_at".split()
     train.main([*flags, "--data-dir", str(digit_tree), "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert "1 of 3: training by PGD-AT" in err and "3 of 3: samples" in err
