@@ -65,14 +65,15 @@ def overview() -> str:
         ("small-resnet18-off", "AFD", "100 steps, terms off"),
         ("small-resnet18-afd", "AFD", "100 steps of AFD"),
     ]
-    parts = [text(10, 20, "Accuracy in per cent, l-infinity, eps 8/255 (small runs on a CPU)", "title")]
+    parts = [text(10, 20, "Accuracy in per cent, l-infinity (small runs on a CPU)", "title")]
     for index, kind in enumerate("abc"):
         parts += [bar(10 + 120 * index, 30, 12, 12, kind), text(27 + 120 * index, 41, [*ATTACK_NAMES.values()][index])]
     y = 56
     for name, model, label in rows:
         result = json.loads((RESULTS / f"{name}.json").read_text())
         accuracies = result if model is None else result["models"][model]
-        parts.append(text(200, y + 26, label, anchor="end"))
+        parts.append(text(200, y + 20, label, anchor="end"))
+        parts.append(text(200, y + 35, f"eps {accuracies['eps']}", "small", anchor="end"))
         for index, attack in enumerate(ATTACK_NAMES):
             measured = accuracies.get(attack)
             at = y + 15 * index

@@ -86,8 +86,8 @@ def results(rows: Sequence[tuple[str, str | None, str]] = tuple(ROWS), base: str
         result = json.loads(file.read_text())
         accuracies = result if model is None else result["models"][model]
         cells = [cell(accuracies.get(attack)) for attack in ATTACK_NAMES]
-        lines.append([label, *cells, link(file, result["date"], base)])
-    return markdown_table(["model", *HEAD, "measured"], lines)
+        lines.append([label, accuracies["eps"], *cells, link(file, result["date"], base)])
+    return markdown_table(["model", "eps", *HEAD, "measured"], lines)
 
 
 def overview() -> str:
@@ -101,9 +101,10 @@ def engines() -> str:
     for name, engine, label in ENGINES:
         file = RESULTS / f"{name}.json"
         result = json.loads(file.read_text())
-        cells = [cell(result["models"]["AFD"].get(attack)) for attack in ATTACK_NAMES]
-        lines.append([label, engine, *cells, link(file, result["date"], "../benchmarks/results")])
-    return markdown_table(["run", "engine", *HEAD, "measured"], lines)
+        accuracies = result["models"]["AFD"]
+        cells = [cell(accuracies.get(attack)) for attack in ATTACK_NAMES]
+        lines.append([label, engine, accuracies["eps"], *cells, link(file, result["date"], "../benchmarks/results")])
+    return markdown_table(["run", "engine", "eps", *HEAD, "measured"], lines)
 
 
 def reproduced(folders: Sequence[Path] = ()) -> str:

@@ -121,10 +121,10 @@ def results(runs: Sequence[Run]) -> list[Table]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in in_order(runs):
         changed = ", ".join(changed_settings(run) + ([f"pretrained {run.origin}"] if run.origin else []))
-        groups.setdefault((run.dataset, run.arch, run.label, changed, run.result["amp"]), []).append(run)
+        groups.setdefault((run.dataset, run.arch, run.label, changed, images(run), run.result["amp"]), []).append(run)
     rows: list[list[str]] = []
     of_networks = set()
-    for (dataset, arch, label, changed, _), group in groups.items():
+    for (dataset, arch, label, changed, *_), group in groups.items():
         if (dataset, arch) not in of_networks:
             of_networks.add((dataset, arch))
             rows += natural_rows([run for run in runs if (run.dataset, run.arch) == (dataset, arch)])
@@ -135,21 +135,21 @@ def results(runs: Sequence[Run]) -> list[Table]:
 
 
 def images(run: Run) -> str:
-    """The data set and its number of training images."""
-    return f"{run.dataset}, {run.result['dataset']['train']} images"
+    """The data set, its number of training images, and the eps of the evaluation."""
+    return f"{run.dataset}, {run.result['dataset']['train']} images, eps {run.trained['eps']}"
 
 
 def natural_rows(runs: Sequence[Run]) -> list[list[str]]:
     """The rows of the natural models that these runs of a network started from."""
-    groups: dict[tuple[str, str], dict[int, Run]] = {}
+    groups: dict[tuple[str, str, str], dict[int, Run]] = {}
     for run in runs:
         if "natural" in run.result["models"]:
             changed = [text for text in changed_settings(run) if text.startswith("pretrain.")]
             of_pretraining = ", ".join(text.removeprefix("pretrain.") for text in changed)
             how, seed = (f"pretrained {run.origin}", 0) if run.origin else (of_pretraining, run.seed)
-            groups.setdefault((how, run.result["amp"]), {}).setdefault(seed, run)
+            groups.setdefault((how, images(run), run.result["amp"]), {}).setdefault(seed, run)
     rows = []
-    for (how, _), by_seed in sorted(groups.items()):
+    for (how, *_), by_seed in sorted(groups.items()):
         group = [*by_seed.values()]
         measured = cells([run.result["models"]["natural"] for run in group])
         seconds = mean_seconds(run.result["seconds"]["pretraining"] for run in group)
