@@ -270,9 +270,9 @@ def main() -> int:
     if args.out:
         args.out.write_text(text)
     output = text if args.json else "\n".join([roofline_table(rows), "", roofline_note(result), *map(details, rows)])
-    from fastafd.console import run as run_command  # not at the top: the stand-in must be loaded before torch
+    from fastafd.cli import run_script  # not at the top: the stand-in must be loaded before torch
 
-    run_command(lambda: print(output) or 0)
+    run_script(lambda: print(output) or 0)
 
 
 def methods(name: str, every: bool) -> list[Any]:
