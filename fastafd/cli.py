@@ -150,6 +150,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 
     def verb() -> int:
         _stop_on_signals()
+        _refuse_several_processes()
         main(argv)
         return 0
 
@@ -184,6 +185,15 @@ def run_script(main: Callable[[], int], batch: str = "batch") -> NoReturn:
         with suppress(BrokenPipeError):
             print(re.sub(r"\s+", " ", line), file=sys.stderr)
     end(code)
+
+
+def _refuse_several_processes() -> None:
+    """Raise UsageError under torchrun: each of its processes would do the same job in the same folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            f"torchrun has started {processes} processes (WORLD_SIZE), and a verb runs in one; start it with python -m"
+        )
 
 
 def _stop_on_signals() -> None:

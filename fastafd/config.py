@@ -20,7 +20,7 @@ class Task:
     dataset: str = setting("cifar10", "cifar10, cifar100, tiny-imagenet, imagefolder or digits", text)
     data_dir: Path = setting(Path("data"), "folder that holds the data set, or an image tree of its classes", path)
     image_size: int | None = setting(
-        None, "side in pixels that an image folder is resized to", optional(number(8, 1024, whole=True))
+        None, "side in pixels that an image folder or digits are resized to", optional(number(8, 1024, whole=True))
     )
     normalize: str = setting("none", "normalisation layer inside the model: none, cifar10, cifar100 or imagenet", text)
     loader: str = setting("ffcv", "loader of the batches", choice("ffcv", "resident", "torch"))
@@ -34,6 +34,9 @@ class Task:
         "auto",
         "fast (compiled, on a GPU one graph a step), reference (plain PyTorch), or auto: fast on a GPU",
         choice("auto", "fast", "reference"),
+    )
+    threads: int | None = setting(
+        None, "threads of the CPU; default: as many as the network is worth", optional(number(1, 1024, whole=True))
     )
     seed: int = setting(
         0,

@@ -30,6 +30,17 @@ class Console:
 
     def __init__(self) -> None:
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.stages = 0  # how many stages the job has
+        self.at = 0  # the number of the current one, from 1
+
+    def stage(self, name: str) -> None:
+        """Begin the next stage: a line names it, and the bars show its number."""
+        self.at += 1
+        self.line(f"{self.where()}{name}")
+
+    def where(self) -> str:
+        """The number of the current stage, such as "3 of 6: "; empty for a job without stages."""
+        return f"{self.at} of {self.stages}: " if self.at else ""
 
     def line(self, text: str) -> None:
         """Write one line."""
@@ -53,7 +64,7 @@ class Bar:
     """
 
     def __init__(self, console: Console, label: str, total: int, done: int = 0):
-        self.console, self.label, self.total = console, label, total
+        self.console, self.label, self.total = console, console.where() + label, total
         self.done = self.began_at = done
         self.progress: Progress | None = None
         self.note = ""

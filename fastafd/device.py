@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastafd.settings import RunError, UsageError
 
@@ -32,6 +33,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events and kernel launches go to the current device
     return device
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """The device of the network's weights, the CPU if it has none."""
+    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -1,5 +1,7 @@
 """python -m fastafd.evaluate: clean, PGD-20 and AutoAttack accuracy of a run or of any weights, with intervals.
 
+The attacks have the eps that the run was trained with, 8/255 for other weights.
+
     python -m fastafd.evaluate runs/NAME --attack pgd20
     python -m fastafd.evaluate --arch resnet18 --weights FILE --dataset cifar10 --attack autoattack --n 1000 --json
 
@@ -15,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from fastafd import cli
-from fastafd.checkpoint import fit_weights, load_model_about, load_weights
+from fastafd.checkpoint import load_model_about
 from fastafd.console import Console
 from fastafd.data import load_dataset
 from fastafd.device import provenance, resolve_device
-from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
+from fastafd.evaluation import ATTACKS, EPS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
-from fastafd.models import build_model
-from fastafd.settings import UsageError, check, choice, number, optional, path, setting, switch, text
+from fastafd.models import build_model, check_model
+from fastafd.settings import UsageError, check, choice, number, optional, path, pixels, setting, switch, text
+from fastafd.weights import check_classes, check_classifier, fit_weights, other_classes, read_weights
+
+
+def text_if_given(value: object, field: str) -> str | None:
+    """Parse any string, "none" too; None says that the flag was not given."""
+    return None if value is None else text(value, field)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,9 @@ class EvaluateConfig:
     model: Path | None = setting(None, "run folder or model.safetensors (also as the first word)", optional(path))
     weights: Path | None = setting(None, "any other file of weights; say its --arch and --dataset", optional(path))
     arch: str | None = setting(None, "classifier that --weights belong to", optional(text))
-    normalize: str = setting("none", "normalisation layer of --weights: none, cifar10, cifar100 or imagenet", text)
+    normalize: str | None = setting(
+        None, "normalisation layer of --weights: none (default), cifar10, cifar100 or imagenet", text_if_given
+    )
     dataset: str | None = setting(None, "data set; default: that of the run", optional(text))
     data_dir: Path | None = setting(None, "folder that holds it; default: that of the run, else data", optional(path))
     image_size: int | None = setting(
@@ -65,29 +75,38 @@ def main(argv: list[str]) -> None:
         raise UsageError("model: takes a run folder or a model.safetensors, or else --weights FILE with --arch")
     if config.model is not None and config.arch is not None:
         raise UsageError(f"arch: {config.model} says which classifier it holds; --arch goes with --weights")
+    if config.model is not None and config.normalize is not None:
+        raise UsageError(f"normalize: {config.model} says its normalisation; --normalize goes with --weights")
     net, about = load_model_about(config.model) if config.model is not None else (None, {})
+    weights = read_weights(config.weights) if config.weights is not None else None
     settings = run_settings(config.model)
     dataset_name = config.dataset or settings.get("dataset") or about.get("dataset")
     if dataset_name is None:
         raise UsageError("dataset: got none, takes the name of a data set, such as --dataset cifar10")
+    normalize = config.normalize or "none"
+    if weights is not None:
+        if config.arch is None:
+            raise UsageError("arch: got none, takes the classifier that --weights belong to, such as --arch resnet18")
+        check_model(config.arch, normalize)
+        check_classifier(weights, config.arch, normalize)
     of_dataset = settings if settings.get("dataset") == dataset_name else {}
     image_size = config.image_size or of_dataset.get("image_size")
     dataset = load_dataset(dataset_name, config.data_dir or Path(of_dataset.get("data_dir", "data")), image_size)
-    if net is None:
-        if config.arch is None:
-            raise UsageError("arch: got none, takes the classifier that --weights belong to, such as --arch resnet18")
-        net = build_model(config.arch, len(dataset.classes), config.normalize)
-        fit_weights(net, load_weights(Path(str(config.weights))), str(config.weights))
-    elif about.get("classes", list(dataset.classes)) != list(dataset.classes):
-        raise UsageError(
-            f"dataset: {config.model} was trained on the classes of {about['dataset']}, not {dataset_name}"
-        )
+    if weights is not None:
+        check_classes(weights, dataset.classes)
+        net = build_model(str(config.arch), len(dataset.classes), normalize)
+        fit_weights(net, weights, console.line)
+    elif difference := other_classes(about, dataset.classes):
+        raise UsageError(f"dataset: {config.model} {difference}")
+    assert net is not None  # one of --model and --weights is given
     shown = Path(str(config.model or config.weights))
 
+    eps = pixels(about.get("eps", (settings.get("attack") or {}).get("eps", EPS)), "eps")  # that of the training
     result = evaluate(
         net.to(device),
         dataset.test,
         ATTACKS[: ATTACKS.index(config.attack) + 1],
+        eps=eps,
         n=config.n,
         autoattack_n=config.n,
         batch_size=config.batch_size,
@@ -100,7 +119,8 @@ def main(argv: list[str]) -> None:
     if config.json:
         print(as_json(result))
     else:
-        show_accuracies({shown.name: result}, console, f"{dataset_name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+        threat = f"l-infinity, eps {result['eps']}"
+        show_accuracies({shown.name: result}, console, f"{dataset_name}, {threat}, Wilson 95 % intervals")
 
 
 def run_settings(model: Path | None) -> dict[str, Any]:

@@ -83,13 +83,24 @@ def pixels(value: object, field: str) -> float:
     """
     takes = "a length in pixels of [0,1] such as 8/255 or 0.03"
     try:
-        number = float(Fraction(value)) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+        number = fraction(value) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UsageError(f"{field}: got {value!r}, takes {takes}") from None
     if not math.isfinite(number) or not 0 <= number <= 1:
         meant = f" (did you mean {value}/255?)" if 1 < number <= 255 else ""
         raise UsageError(f"{field}: got {value!r}, takes {takes}{meant}")
     return number
+
+
+def fraction(value: str) -> float:
+    """The number that "0.03", "8/255" or "0.5/255" stands for. Raises ValueError for other text."""
+    above, slash, below = value.partition("/")
+    return float(Fraction(above.strip()) / Fraction(below.strip())) if slash else float(value)
+
+
+def in_255ths(length: float) -> str:
+    """A length in pixels of [0,1] as users write it: "8/255", "0.5/255"."""
+    return f"{255 * length:.4g}/255"
 
 
 def number(low: float, high: float = math.inf, whole: bool = False) -> Parser:

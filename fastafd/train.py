@@ -26,20 +26,35 @@ from torch import nn
 from fastafd import cli
 from fastafd.attacks import PGD
 from fastafd.checkpoint import load_model_about, save_model
-from fastafd.config import PretrainConfig, TrainConfig
+from fastafd.config import PretrainConfig, Task, TrainConfig
 from fastafd.console import Console
 from fastafd.data import Dataset, load_dataset
 from fastafd.device import provenance, resolve_amp, resolve_device
 from fastafd.evaluation import ATTACKS, evaluate, show_accuracies
 from fastafd.files import as_json, save_text
 from fastafd.models import Disentangled, check_model
+from fastafd.models.cost import multiplications
 from fastafd.recipes import find_recipe, matched
 from fastafd.samples import save_samples
-from fastafd.settings import UsageError
+from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths
 from fastafd.training import build
 from fastafd.training.engine import engine_of
-from fastafd.training.natural import build_loader, fresh_model, header_for, pretrain, pretrained_model
+from fastafd.training.forecast import forecast
+from fastafd.training.natural import (
+    build_loader,
+    check_batch_size,
+    fresh_model,
+    header_for,
+    is_cached,
+    pretrain,
+    pretrained_model,
+    read_pretrained,
+    set_threads,
+)
 from fastafd.training.rift import hold_out
+from fastafd.weights import Weights
+
+LARGE = 64  # pixels; above it a first stage without a stride is dear
 
 
 def main(argv: list[str]) -> None:
@@ -54,27 +69,49 @@ def main(argv: list[str]) -> None:
     task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))
     config = dataclasses.replace(config, task=task)
     check_for_method(config)
-    environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
 
     # Load the images and the weights that the method starts from. The run folder keeps a copy of these weights, because
     # they are the teacher, after a resume too.
+    pretrained = given_weights(config, folder)
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
     classes = len(dataset.classes)
+    weights = starting_weights(config, folder, pretrained, dataset, console)
+    if weights is None:
+        check_batch_size(config.pretrain.batch_size, dataset, "pretrain.batch_size")
+    net = fresh_model(task, dataset) if weights is None else weights[0]
+    # So are the threads: another number of them rounds otherwise.
+    task = set_threads(task, multiplications(net, dataset.image_size) * config.sgd.batch_size, device)
+    config = dataclasses.replace(config, task=task)
+    environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
     console.line(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
         f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}, "
         f"{task.engine} engine"
     )
+    if dataset.image_size > LARGE:
+        console.line(
+            f"{task.arch} keeps all {dataset.image_size} x {dataset.image_size} pixels in its first stage, as networks"
+            f" for CIFAR do: a step takes {(dataset.image_size / 32) ** 2:.0f} times the arithmetic of 32 x 32 pixels,"
+            " and resnet18 15 times that of torchvision's; --image-size makes the images smaller"
+        )
     held_out = None
     if method.held_out:
         train, held_out = hold_out(dataset.train, method.held_out, task.seed)
         dataset = dataclasses.replace(dataset, train=train)
     loader = build_loader(task, config.sgd.batch_size, dataset, device, console)
-    weights = starting_weights(config, folder, dataset, console)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
     console.line(f"run folder: {folder}; batches from the {loader.kind} loader")
+    pretrains = weights is None and not is_cached(pretraining(config), dataset)
+    console.line(
+        forecast(config, net, dataset, device, pretrains, method.begins == "robust").line(task.engine == "fast")
+    )
+
+    models = [name for name in (method.begins, method.label) if name != "scratch"]
+    console.stages = (weights is None) + 1 + len(models) + method.disentangled + 1
+    if weights is None:
+        console.stage("natural pre-training")
     start, header = weights or pretrain(pretraining(config), dataset, console)
     copy = folder / f"{method.begins}.safetensors"
     if method.begins != "scratch" and not copy.exists():
@@ -82,37 +119,41 @@ def main(argv: list[str]) -> None:
     start = start.to(device)
 
     # Train. `merge` turns the trained model into a plain classifier.
+    console.stage(f"training by {method.label}" if method.begins == "scratch" else f"fine-tuning by {method.label}")
     trained = build.train(config, start, held_out, loader, dataset, folder, console)
     classifier = trained.model.merge()
-    save_model(folder / "model.safetensors", classifier, header_for(task, dataset))
+    save_model(folder / "model.safetensors", classifier, header_for(task, dataset) | {"eps": config.attack.eps})
 
     # Evaluate all models on the same test images.
     evaluation_began = time.monotonic()
     attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
     if config.autoattack_n and classes < 4:
         console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
-    models: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    classifiers: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     if method.begins != "scratch":
-        models[method.begins] = start, attacks
-    models[method.label] = classifier, attacks
+        classifiers[method.begins] = start, attacks
+    classifiers[method.label] = classifier, attacks
     if isinstance(trained.model, Disentangled):
-        models[f"{method.label}, f2"] = trained.model.merge_confused(), ATTACKS[:1]
-    results = {
-        name: evaluate(
+        classifiers[f"{method.label}, f2"] = trained.model.merge_confused(), ATTACKS[:1]
+    results = {}
+    for name, (model, model_attacks) in classifiers.items():
+        console.stage(f"evaluation of {name}: {', '.join(ATTACK_NAMES[attack] for attack in model_attacks)}")
+        results[name] = evaluate(
             model,
             dataset.test,
             model_attacks,
+            eps=config.attack.eps,
             n=config.eval_n,
             autoattack_n=config.autoattack_n,
             seed=task.seed,
             console=console,
             label=name,
         )
-        for name, (model, model_attacks) in models.items()
-    }
-    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed)
+    console.stage("samples for reports")
+    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed, config.attack.eps)
     changed = cli.changes(matched(recipe) if config.matched else recipe, config)
-    pretrains = method.begins == "natural" and config.pretrained is None
+    if config.pretrained is not None or method.begins != "natural":
+        changed = {name: value for name, value in changed.items() if not name.startswith("pretrain.")}
     summary: dict[str, Any] = {
         "models": results,
         "seconds": {
@@ -130,13 +171,14 @@ def main(argv: list[str]) -> None:
             "classes": dataset.classes,
         },
         "parameters": {"model": count_parameters(classifier), "training": count_parameters(trained.model)},
-        "changed": {name: value for name, value in changed.items() if pretrains or not name.startswith("pretrain.")},
+        "changed": changed,
         "settings": cli.written(config),
         "config": dataclasses.asdict(config),
         **json.loads((folder / "env.json").read_text()),
     }
     save_text(folder / "result.json", as_json(summary))
-    show_accuracies(results, console, f"{task.arch} on {dataset.name}, l-infinity, eps 8/255, Wilson 95 % intervals")
+    threat = f"l-infinity, eps {in_255ths(config.attack.eps)}"
+    show_accuracies(results, console, f"{task.arch} on {dataset.name}, {threat}, Wilson 95 % intervals")
     console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
 
@@ -155,36 +197,51 @@ def check_for_method(config: TrainConfig) -> None:
         )
     if config.d2_weight_decay != recipe.d2_weight_decay and not method.disentangled:
         raise UsageError(f"d2_weight_decay: {method.label} has no D2; only recipes of AFD have this setting")
+    if config.pretrained is not None or method.begins != "natural":
+        changed = [name for name, value in vars(config.pretrain).items() if value != getattr(recipe.pretrain, name)]
+        if changed:
+            why = "with --pretrained" if config.pretrained is not None else f"on recipe {config.recipe}"
+            raise UsageError(f"pretrain.{changed[0]}: has no effect {why}, where no natural model is trained")
+    folder = config.task.data_dir
+    if config.task.dataset == "digits" and folder != Task().data_dir and not (folder / "train").is_dir():
+        raise UsageError(f"data_dir: {folder} has no folder train; leave it out for the digits of scikit-learn")
 
 
 def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def starting_weights(
-    config: TrainConfig, folder: Path, dataset: Dataset, console: Console
-) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The model that the method starts from, and the header of its file; None if it must be pre-trained first.
+def given_weights(config: TrainConfig, folder: Path) -> Weights | None:
+    """What is in the file of `pretrained`; None if the method starts from other weights, or the run folder has a copy.
 
-    Raises UsageError for weights that the method cannot start from.
+    Raises UsageError, before any image is read, for weights that the method cannot start from.
     """
-    begins, copy = config.method.begins, folder / f"{config.method.begins}.safetensors"
-    if begins == "scratch":
-        if config.pretrained is not None:
-            raise UsageError(
-                f"pretrained: got {config.pretrained}, and recipe {config.recipe} starts from fresh weights"
-            )
-        return fresh_model(config.task, dataset), {}
-    if copy.exists():
-        return load_model_about(copy)
-    if config.pretrained is not None:
-        return pretrained_model(config.pretrained, config.task, dataset, console)
-    if begins == "robust":
+    begins = config.method.begins
+    if begins == "scratch" and config.pretrained is not None:
+        raise UsageError(f"pretrained: got {config.pretrained}, and recipe {config.recipe} starts from fresh weights")
+    if begins == "scratch" or (folder / f"{begins}.safetensors").exists():
+        return None
+    if begins == "robust" and config.pretrained is None:
         raise UsageError(
             f"pretrained: got none, and recipe {config.recipe} starts from an adversarially trained model,"
             " such as the run folder of recipe pgd_at"
         )
-    return None
+    return None if config.pretrained is None else read_pretrained(config.pretrained, config.task)
+
+
+def starting_weights(
+    config: TrainConfig, folder: Path, pretrained: Weights | None, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The model that the method starts from, and the header of its file; None if it must be pre-trained first.
+
+    pretrained: those of `given_weights`. Raises UsageError if they do not fit the classifier or the data set.
+    """
+    begins, copy = config.method.begins, folder / f"{config.method.begins}.safetensors"
+    if begins == "scratch":
+        return fresh_model(config.task, dataset), {}
+    if copy.exists():
+        return load_model_about(copy)
+    return None if pretrained is None else pretrained_model(pretrained, config.task, dataset, console)
 
 
 def configure(argv: list[str]) -> tuple[TrainConfig, Path]:

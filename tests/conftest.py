@@ -21,6 +21,20 @@ def verb(name: str) -> dict[str, Any]:
     return runpy.run_module(f"fastafd.{name}", alter_sys=True)
 
 
+def line_of(main, argv, capsys, code: int = 2) -> str:
+    """The last line of the verb's output, which must be one line."""
+    from fastafd import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, [str(word) for word in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == code, err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """FASTAFD_CACHE in a temporary folder, for this process and for those it starts."""

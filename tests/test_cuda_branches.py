@@ -306,7 +306,8 @@ def test_autoattack_leaves_the_generator_of_its_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     monkeypatch.setattr(autoattack, "check_classes", lambda model, x: 10)
     for device, forked in ((CUDA, [CUDA]), (torch.device("cpu"), [])):
-        model = SimpleNamespace(parameters=lambda device=device: iter([SimpleNamespace(device=device)]))
+        weights = [SimpleNamespace(device=device)]
+        model = SimpleNamespace(parameters=lambda weights=weights: weights, buffers=list)
         with pytest.raises(Stops) as stopped:
             autoattack.run_autoattack(model, torch.rand(2, 3, 4, 4), torch.zeros(2).long(), 0.1, 2, 0, print)
         assert stopped.value.args == (forked,)

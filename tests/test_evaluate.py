@@ -1,4 +1,4 @@
-"""Evaluation: what is counted, AutoAttack through the library's traps, weights of others."""
+"""Evaluation: what is counted, and AutoAttack through the library's traps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 import fastafd
 from fastafd.attacks import KLPGD, PGD
-from fastafd.checkpoint import fit_weights, load_weights, save_model
+from fastafd.checkpoint import save_model
 from fastafd.console import Console
 from fastafd.data import ArraySplit, load_dataset, to_unit
-from fastafd.evaluation import ATTACKS, PGD20, evaluate, measurements, run_autoattack
+from fastafd.evaluation import ATTACKS, evaluate, measurements, pgd20, run_autoattack
 from fastafd.kernels import linf_step
 from fastafd.models import build_model, split
 from fastafd.samples import save_samples
@@ -56,11 +56,11 @@ def test_counts_are_those_of_a_plain_loop(classifier, digits):
     generator, correct = torch.Generator().manual_seed(0), 0
     for first in range(0, 50, 16):
         images = x[first : first + 16].contiguous(memory_format=torch.channels_last)
-        x_adv = PGD20(classifier, images, y[first : first + 16], generator)
+        x_adv = pgd20()(classifier, images, y[first : first + 16], generator)
         correct += int((classifier(x_adv).argmax(1) == y[first : first + 16]).sum())
     assert result["pgd20"]["correct"] == correct
     assert result["pgd20"]["accuracy"] == correct / 50 < result["clean"]["accuracy"]
-    assert (PGD20.eps, PGD20.step_size, PGD20.steps, PGD20.random_start) == (8 / 255, 0.003, 20, True)
+    assert (attack := pgd20()) == PGD(8 / 255, 0.003, 20, True) and attack.step_size == 0.003
 
 
 class Operations(torch.utils._python_dispatch.TorchDispatchMode):
@@ -82,7 +82,7 @@ def test_no_kernel_of_fastafd_runs(what, classifier, digits, tmp_path):
     held = ArraySplit(digits.test.images(np.arange(8)), digits.test.labels[:8])
     run = {
         "evaluation": lambda: evaluate(classifier, digits.test, ATTACKS, n=8, autoattack_n=2, console=Console()),
-        "samples": lambda: save_samples(tmp_path / "samples.npz", split(classifier), digits.test, 8, 0),
+        "samples": lambda: save_samples(tmp_path / "samples.npz", split(classifier), digits.test, 8, 0, 8 / 255),
         "choice of RiFT": lambda: choose_mixture(classifier, classifier, held, PGD(steps=2), 0.1, 0, Console()),
         "PGD": lambda: PGD(steps=2)(classifier, x, y),
         "KLPGD": lambda: KLPGD(steps=2)(classifier, x, y),
@@ -185,61 +185,6 @@ def test_command_on_a_run_like_file(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["clean"]["n"] == 30 and len(result["clean"]["indices"]) == 30
     assert {"device", "versions", "date", "seed", "eps", "dataset"} <= set(result)
-
-
-# -- weights of others --------------------------------------------------------------------------------------------
-
-
-def wrapped(state, how):
-    prefixes = {
-        "module": "module.",
-        "compiled": "_orig_mod.",
-        "both": "module._orig_mod.",
-        "twice": "_orig_mod.module._orig_mod.",
-    }
-    if how in prefixes:
-        return {prefixes[how] + name: value for name, value in state.items()}
-    return {
-        "state_dict": {"state_dict": state},
-        "model": {"model": state, "epoch": 3},
-        "net": {"net": state, "acc": 1.0},
-        "deep": {"model": {"state_dict": {"module." + n: v for n, v in state.items()}}},
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["module", "compiled", "both", "twice", "state_dict", "model", "net", "deep"])
-def test_wrappers_come_off(how, tmp_path):
-    state = build_model("resnet8", 10).state_dict()
-    torch.save(wrapped(state, how), tmp_path / "file.pt")
-    net = build_model("resnet8", 10)
-    fit_weights(net, load_weights(tmp_path / "file.pt"), "file")
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-
-
-def test_old_files_without_counters_and_trades_files_with_a_spare_block(tmp_path):
-    state = build_model("wrn10_2", 10).state_dict()
-    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    old |= {f"sub_{name}": value for name, value in old.items() if name.startswith("block1.")}
-    fit_weights(net := build_model("wrn10_2", 10), old, "file")
-    assert torch.equal(net.fc.weight, state["fc.weight"])
-
-
-def test_plain_weights_go_under_a_normalisation(tmp_path):
-    state = build_model("resnet8", 10).state_dict()
-    net = build_model("resnet8", 10, "cifar10")
-    fit_weights(net, dict(state), "file")
-    assert torch.equal(net.model.conv1.weight, state["conv1.weight"])
-
-
-def test_saved_classifiers_load_back_and_strictly(tmp_path):
-    net = build_model("wrn10_2", 10, "cifar100").eval()
-    about = {"arch": "wrn10_2", "num_classes": 10, "normalize": "cifar100", "image_size": 32}
-    save_model(tmp_path / "model.safetensors", net, about)
-    x = torch.rand(2, 3, 32, 32)
-    for path in (tmp_path, str(tmp_path / "model.safetensors")):
-        loaded = fastafd.load_model(path)
-        assert not loaded.training
-        torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=0)
 
 
 # -- a real, naturally trained network ----------------------------------------------------------------------------

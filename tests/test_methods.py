@@ -99,19 +99,50 @@ def test_what_the_fast_engine_does_not_run_says_so(capsys):
     assert "FGSM-GA runs uncompiled, on the reference engine: it differentiates" in capsys.readouterr().err
 
 
-def test_an_attack_of_another_class_is_not_replaced_by_pgd():
-    """The fast engine computes the attack's gradient itself, so it refuses a class that may climb another gradient."""
+class Untargeted(PGD):
+    """Climbs down: the images become easier."""
 
-    class Untargeted(PGD):
-        def ascent(self, classifier, x, y):
-            return lambda x_adv: -input_gradient(classifier, x_adv, y)
+    def ascent(self, classifier, x, y):
+        return lambda x_adv: -input_gradient(classifier, x_adv, y)
 
-    net = small_net()
-    sgd = torch.optim.SGD(net.parameters(), 0.1)
-    step = TrainStep(split(net), sgd, VAFT(), attack=Untargeted(), amp="fp32", engine="reference")
-    step(*batches(1)[0])
-    with pytest.raises(UsageError, match="attack: Untargeted takes engine reference; fast has PGD and KLPGD"):
-        TrainStep(split(net), sgd, VAFT(), attack=Untargeted(), amp="fp32", engine="fast")
+
+class Towards(PGD):
+    """Climbs the loss of the next class."""
+
+    def target(self, logits, y):
+        return (y + 1) % 5
+
+
+class Calls(PGD):
+    def __call__(self, classifier, x, y, generator=None):
+        return x
+
+
+@pytest.mark.parametrize("attack", [Untargeted, Towards])
+def test_both_engines_climb_the_gradient_of_the_attack(attack, capsys):
+    x, y = batches(1)[0]
+    trained = {}
+    for kind, engine in [(attack, "reference"), (attack, "fast"), (PGD, "fast")]:
+        torch.manual_seed(0)
+        model = split(small_net())
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        step = TrainStep(model, sgd, VAFT(), attack=kind(steps=2), amp="fp32", engine=engine)
+        step(x, y)
+        trained[kind, engine] = step.averaged()
+    assert_same(trained[attack, "fast"], trained[attack, "reference"], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_same(trained[PGD, "fast"], trained[attack, "reference"], 1e-6)
+    lines = capsys.readouterr().err
+    assert ("the attack Untargeted has its own gradient: its loss runs uncompiled" in lines) == (attack is Untargeted)
+
+
+@pytest.mark.parametrize("attack, name", [(Calls(), "Calls has its own __call__"), (lambda model, x, y: x, "<lambda>")])
+@pytest.mark.parametrize("engine", BOTH)
+def test_an_attack_that_no_step_can_run_is_refused_by_name(attack, name, engine):
+    model = split(small_net())
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(UsageError, match=name):
+        TrainStep(model, sgd, VAFT(), attack=attack, amp="fp32", engine=engine)
 
 
 @pytest.mark.parametrize("head", ["pooled", "flat"])

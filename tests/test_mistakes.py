@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import verb
+from conftest import line_of, verb
 from safetensors.torch import save_file
-from torch import nn
 
 import fastafd
 from fastafd import cli, pretrain, train
@@ -18,18 +17,6 @@ from fastafd.models import build_model
 from fastafd.settings import UsageError
 
 evaluate_main = verb("evaluate")["main"]
-
-
-def line_of(main, argv, capsys, code: int = 2) -> str:
-    """The last line of the verb's output, which must be one line."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main, [str(word) for word in argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == code, err
-    assert "Traceback" not in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 FLAGS = [  # flags, words of the error message
@@ -127,62 +114,17 @@ def test_help_names_every_setting_with_its_default(capsys):
     assert "0.025" in shown and "<" not in shown
 
 
-# -- files of weights ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def weights(tmp_path):
-    """A good file of weights, and files with one fault each."""
-    state = build_model("resnet8", 10).state_dict()
-    torch.save(state, tmp_path / "good.pt")
-    data = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "truncated.pt").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.pt").write_text("no weights")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"epoch": 3}, tmp_path / "foreign.pt")
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    torch.save(build_model("resnet8", 7).state_dict(), tmp_path / "seven.pt")
-    torch.save(build_model("wrn10_2", 10).state_dict(), tmp_path / "wrn.pt")
-    torch.save(build_model("resnet8", 10, "cifar10").state_dict(), tmp_path / "normalized.pt")
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "good.safetensors")
-    safe = (tmp_path / "good.safetensors").read_bytes()
-    (tmp_path / "truncated.safetensors").write_bytes(safe[: len(safe) // 2])
-    torch.save(state | {"conv1.weight": torch.full_like(state["conv1.weight"], torch.nan)}, tmp_path / "nan.pt")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "file, words",
-    [
-        ("missing.pt", ["missing.pt"]),
-        ("truncated.pt", ["truncated.pt", "truncated"]),
-        ("text.pt", ["text.pt"]),
-        ("empty.pt", ["empty.pt"]),
-        ("foreign.pt", ["foreign.pt", "state dict"]),
-        ("module.pt", ["module.pt", "more than tensors"]),
-        ("seven.pt", ["linear.weight", "(7, 64)", "(10, 64)"]),
-        ("wrn.pt", ["wrn.pt", "does not fit", "missing"]),
-        ("normalized.pt", ["--normalize"]),
-        ("truncated.safetensors", ["truncated.safetensors"]),
-        ("nan.pt", ["nan.pt", "not finite", "conv1.weight"]),
-    ],
-)
-def test_wrong_weights(weights, file, words, capsys):
-    for argv in (
-        ["--arch", "resnet8", "--dataset", "digits", "--weights", weights / file],
-        ["--recipe", "digits", "--arch", "resnet8", "--pretrained", weights / file],
-    ):
-        line = line_of(evaluate_main if "--weights" in argv else train.main, argv, capsys)
-        assert all(word in line for word in words), line
-
-
 def test_digits_without_scikit_learn(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)  # as on a machine that was set up from the bundle
     line = line_of(train.main, ["--recipe", "digits"], capsys)
     assert "scikit-learn" in line and "--data-dir" in line
 
 
-def test_evaluate_says_what_it_needs(weights, capsys):
+def test_evaluate_says_what_it_needs(tmp_path, capsys):
+    weights, state = tmp_path, build_model("resnet8", 10).state_dict()
+    torch.save(state, weights / "good.pt")
+    save_file({name: value.contiguous() for name, value in state.items()}, weights / "good.safetensors")
+    (weights / "text.pt").write_text("no weights")
     cases = [
         (["--weights", weights / "good.pt", "--dataset", "digits"], ["arch", "--weights"]),
         (["--weights", weights / "good.pt", "--arch", "resnet8"], ["dataset"]),

@@ -1,8 +1,9 @@
 """Attacks: the l-infinity threat model, PGD, and the snapshot of a model on which PGD is fast."""
 
 from fastafd.attacks.choice import Choice, machine
+from fastafd.attacks.inputs import check_images, check_labels, check_logits
 from fastafd.attacks.kl import KLPGD
-from fastafd.attacks.pgd import PGD, input_gradient
+from fastafd.attacks.pgd import PGD, input_gradient, weakness
 from fastafd.attacks.snapshot import Snapshot
 from fastafd.attacks.threat import Ball, linf_noise
 
@@ -12,7 +13,11 @@ __all__ = [
     "Ball",
     "Choice",
     "Snapshot",
+    "check_images",
+    "check_labels",
+    "check_logits",
     "input_gradient",
     "linf_noise",
     "machine",
+    "weakness",
 ]

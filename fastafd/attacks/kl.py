@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastafd.attacks.pgd import PGD
@@ -24,20 +23,7 @@ class KLPGD(PGD):
         return torch.empty_like(like).normal_(0.0, START, generator=generator)
 
     def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
-        """The clean prediction p(x) (B,C): the divergence and the cross-entropy with p(x) have the same gradient."""
-        return logits().softmax(1)
-
-    def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        """The clean prediction p(x) (B,K): the divergence and the cross-entropy with p(x) have the same gradient."""
         with torch.no_grad():
-            clean = classifier(x)
-            clean = clean.to(torch.promote_types(clean.dtype, torch.float32)).log_softmax(1)
-
-        def gradient(x_adv: Tensor) -> Tensor:
-            with torch.enable_grad():
-                logits = classifier(x_adv)
-                attacked = logits.to(clean.dtype).log_softmax(1)
-                divergence = F.kl_div(attacked, clean, reduction="sum", log_target=True)
-                (grad,) = torch.autograd.grad(divergence, x_adv)
-            return grad
-
-        return gradient
+            clean = logits()
+        return clean.to(torch.promote_types(clean.dtype, torch.float32)).softmax(1)

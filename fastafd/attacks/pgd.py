@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastafd.attacks.inputs import FirstOutput, check_images, check_labels, check_logits, recording
 from fastafd.attacks.threat import Ball, linf_noise
 from fastafd.kernels.linf_step import linf_step_reference
-from fastafd.settings import number, pixels, setting, switch
+from fastafd.settings import in_255ths, number, pixels, setting, switch
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,54 @@ class PGD(Ball):
     ) -> Tensor:
         """Attack the images; returns x_adv (B,3,H,W), inside the eps-ball around x and inside [0,1].
 
-        - classifier: maps (B,3,H,W) to logits (B,C); the caller sets its train or eval mode.
-        - x: (B,3,H,W) in [0,1]. y: (B,) int64.
+        - classifier: maps (B,C,H,W) to logits (B,K); the caller sets its train or eval mode.
+        - x: (B,C,H,W) in [0,1]. y: (B,) class numbers.
         - generator: draws the start; it is on x's device.
 
         Only the gradient of the input is computed, none of a weight. The attack is plain PyTorch, on CUDA too: no
-        kernel of fastafd runs.
+        kernel of fastafd runs. It works under `torch.no_grad` and `torch.inference_mode`.
+        Raises UsageError for images outside [0,1], for labels that are no class numbers, and for a classifier that
+        returns something else than logits. The checks wait for the device once.
         """
+        values = not recording()
+        check_images(x, values=values)
+        check_labels(y, len(x), values=values)
+        if not len(x):
+            return x.clone()
+
+        def check(logits: object, count: int) -> None:
+            if values:
+                check_logits(logits, count, "classifier")
+                check_labels(y, count, logits.shape[1])  # type: ignore[attr-defined]
+
+        return self.perturb(FirstOutput(classifier, check), x, y.long(), generator)
+
+    @torch.inference_mode(False)
+    def perturb(
+        self,
+        classifier: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The attack itself, without the checks of a call."""
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # autograd saves no inference tensor
         return self.climb(self.ascent(classifier, x, y), x, self.draw(x, generator))
 
     def ascent(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that gives the gradient to climb at x_adv, a leaf that requires grad.
 
-        That of the cross-entropy.
+        That of the cross-entropy with `target`. A subclass may climb anything else; then the fast engine calls this
+        method too, with the attack's network compiled and its loss uncompiled.
         """
-        return lambda x_adv: input_gradient(classifier, x_adv, y)
+        target = self.target(lambda: classifier(x), y)
+        return lambda x_adv: input_gradient(classifier, x_adv, target)
 
     def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
-        """The target whose cross-entropy a `Snapshot` climbs: the labels. logits(): those of the clean images (B,C)."""
+        """The target of the cross-entropy: the labels (B,), or probabilities (B,K).
+
+        logits(): those of the clean images (B,K).
+        """
         return y
 
     def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
@@ -76,10 +107,24 @@ class PGD(Ball):
         return x_adv if self.steps else x_adv.clamp(0.0, 1.0)  # a step ends inside [0,1]
 
 
-def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the summed cross-entropy with respect to the leaf x_adv. Only its signs count, so no mean."""
+def weakness(attack: PGD) -> str | None:
+    """A line about an attack whose steps do not reach the border of its ball; None if they do."""
+    reach = attack.steps * attack.step_size
+    if reach >= attack.eps * (1 - 1e-6):
+        return None
+    return (
+        f"a weak attack: {attack.steps} steps of {in_255ths(attack.step_size)} reach {in_255ths(reach)},"
+        f" less than eps {in_255ths(attack.eps)}; a robustness measured or trained with it may not be there"
+    )
+
+
+def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, target: Tensor) -> Tensor:
+    """The gradient of the summed cross-entropy with respect to the leaf x_adv. Only its signs count, so no mean.
+
+    target: labels (B,) or probabilities (B,K).
+    """
     with torch.enable_grad():
         logits = classifier(x_adv)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x_adv)
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), x_adv)
     return grad

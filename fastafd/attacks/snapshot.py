@@ -115,6 +115,12 @@ class Snapshot(nn.Module):
         out = self(x)
         return out.relu().mean((2, 3)) if self.pools else out
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of f1 (B,C), computed in fp32 or wider, for an attack with a gradient of its own."""
+        features = self.features(x)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The features f1 (B,D) and their logits (B,C)."""
         features = self.features(x)

@@ -33,6 +33,7 @@ CIFAR100_CLASSES = tuple(  # the fine labels
 TINY_IMAGENET_CLASSES = 200
 DIGITS_SEED = 0  # of the train/test split; a constant, so that every user has the same test images
 DIGITS_TEST_FRACTION = 0.2
+DIGITS_SIZES = (8, 16, 32)  # in pixels; the first is that of the files, the last the default
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def load_dataset(name: str, data_dir: Path, image_size: int | None = None, downl
     """The data set `name` of DATASETS, from `data_dir`: its published layout, or a tree train/<class>,
     test|val/<class>.
 
-    Labels follow the published class order in both layouts. image_size: for imagefolder alone; the shorter side of each
-    image is resized to so many pixels, and the centre is cut out. download: False never downloads.
+    Labels follow the published class order in both layouts. image_size: for imagefolder, where the shorter side of each
+    image is resized to so many pixels and the centre is cut out, and for digits. download: False never downloads.
     Raises UsageError for an unknown name, a failed download, a missing, unknown or empty class, and an image that
     cannot be read or has the wrong size.
     """
@@ -131,7 +132,12 @@ def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> 
 
 
 def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
-    """scikit-learn's 8x8 digits as 32x32 RGB images; a fixed draw of 20 % of each class is the test split."""
+    """scikit-learn's 8x8 digits as RGB images of a size in DIGITS_SIZES; a fixed draw of 20 % of each class is the test
+    split.
+    """
+    if image_size not in (None, *DIGITS_SIZES):
+        raise UsageError(f"image_size: got {image_size}, takes {', '.join(map(str, DIGITS_SIZES))} for digits")
+    image_size = image_size or DIGITS_SIZES[-1]
     classes = tuple("0123456789")
     if (data_dir / "train").is_dir() and set(classes) & set(folder_names(data_dir / "train")):
         return read_tree(data_dir, classes, image_size)  # only a tree of digits, not any tree in the default folder
@@ -148,7 +154,7 @@ def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loade
     digits = datasets.load_digits()
     small = torch.from_numpy(digits.images).float()[:, None]  # (N,1,8,8) in 0..16
     large = torch.nn.functional.interpolate(small, size=image_size, mode="bilinear", align_corners=False)
-    # The interpolation is exact in fp32 (its weights are multiples of 1/64), so the pixels agree on every machine.
+    # The interpolation is exact in fp32 (its weights are multiples of 1/8), so the pixels agree on every machine.
     pixels = (large * 255 / 16).round().to(torch.uint8)
     images = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
     rng = np.random.default_rng(DIGITS_SEED)
@@ -175,7 +181,7 @@ DATASETS = MappingProxyType(
         "cifar100": Source(functools.partial(load_cifar, CIFAR100_CLASSES), 32),
         "tiny-imagenet": Source(load_tiny_imagenet, 64),
         "imagefolder": Source(load_imagefolder, None),
-        "digits": Source(load_digits, 32, flip=False),  # a mirrored digit is not that digit
+        "digits": Source(load_digits, None, flip=False),  # a mirrored digit is not that digit
     }
 )
 

@@ -53,11 +53,19 @@ class Split:
 
 
 class ArraySplit(Split):
-    """A split in memory. images: uint8 (N,H,W,3). labels: (N,)."""
+    """A split in memory. images: uint8 (N,H,W,3), square. labels: whole numbers (N,). UsageError for anything else."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.array = np.ascontiguousarray(images, dtype=np.uint8)
-        self.labels = np.asarray(labels, dtype=np.int64)
+    def __init__(self, images: np.ndarray, labels: np.ndarray | Sequence[int]) -> None:
+        self.array, classes = np.ascontiguousarray(images), np.asarray(labels)
+        shape = self.array.shape
+        if self.array.dtype != np.uint8:
+            raise UsageError(f"images: got {self.array.dtype} {shape}, takes uint8 pixels from 0 to 255 (N,H,W,3)")
+        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise UsageError(f"images: got {shape}, takes square RGB images (N,H,W,3)")
+        if classes.shape != shape[:1] or not (np.issubdtype(classes.dtype, np.integer) or not len(classes)):
+            got = f"{classes.dtype} {classes.shape}"
+            raise UsageError(f"labels: got {got} for {shape[0]} images, takes one whole class number for each")
+        self.labels = classes.astype(np.int64)
         self.image_size = self.array.shape[1]
 
     def image(self, i: int) -> np.ndarray:

@@ -2,14 +2,15 @@
 
 from fastafd.evaluation.autoattack import AutoAttackResult, run_autoattack
 from fastafd.evaluation.counting import show_accuracies, wilson
-from fastafd.evaluation.measurements import ATTACKS, PGD20, accuracy_under, evaluate
+from fastafd.evaluation.measurements import ATTACKS, EPS, accuracy_under, evaluate, pgd20
 
 __all__ = [
     "ATTACKS",
-    "PGD20",
+    "EPS",
     "AutoAttackResult",
     "accuracy_under",
     "evaluate",
+    "pgd20",
     "run_autoattack",
     "show_accuracies",
     "wilson",

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastafd.attacks import check_images, check_labels, check_logits
+from fastafd.device import device_of
 from fastafd.settings import UsageError
 
 REPORT_EVERY_S = 15.0  # seconds between two lines within one of its attacks
@@ -28,18 +30,22 @@ class AutoAttackResult(NamedTuple):
     warnings: list[str]
 
 
+@torch.inference_mode(False)
 def run_autoattack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int, report: Callable[[str], None]
 ) -> AutoAttackResult:
     """Attack each image with APGD-CE, targeted APGD, targeted FAB and Square in turn, until one succeeds.
 
     x: float32 (N,3,H,W) in [0,1]; y: (N,) int64; both on the CPU. report: gets a line now and then. Global generators
-    are left as they were. Raises UsageError for a model with fewer than four classes, which the targeted losses rank.
+    are left as they were. Raises UsageError for images outside [0,1], for labels that are no class numbers, and for a
+    model that does not return logits of at least four classes, which the targeted losses rank.
     """
     from pyautoattack import AutoAttack
 
-    device = next(model.parameters()).device
+    check_images(x)
+    device = device_of(model)
     classes = check_classes(model, x[:1])
+    check_labels(y, len(x), classes)
     x = x.contiguous(memory_format=torch.contiguous_format)  # its gradient checks fail with a channels-last input
     gpus = [device] if device.type == "cuda" else []
     with _Log(report) as log, torch.random.fork_rng(devices=gpus):  # the library seeds the global generators
@@ -51,9 +57,11 @@ def run_autoattack(
 
 
 def check_classes(model: nn.Module, x: Tensor) -> int:
-    """The number of classes of the model; UsageError if there are fewer than four. x: images (B,3,H,W)."""
+    """The number of classes of the model; UsageError if there are fewer than four, or no logits. x: (B,3,H,W)."""
     with torch.no_grad():
-        classes = model(x.to(next(model.parameters()).device)).shape[1]
+        logits = model(x.to(device_of(model)))
+    check_logits(logits, len(x), "model", finite=False)
+    classes = logits.shape[1]
     if classes < 4:
         raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")
     return classes

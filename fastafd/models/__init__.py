@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.models.disentangle import Disentangled, disentangle
+from fastafd.models.modes import Modes, eval_mode
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
-from fastafd.models.split import SplitNet, split
+from fastafd.models.split import SplitNet, check_split, split
 from fastafd.models.wideresnet import WideResNet
 from fastafd.settings import UsageError, unknown
 
@@ -19,11 +20,14 @@ __all__ = [
     "ARCHS",
     "NORMALIZATIONS",
     "Disentangled",
+    "Modes",
     "Normalize",
     "SplitNet",
     "build_model",
     "check_model",
+    "check_split",
     "disentangle",
+    "eval_mode",
     "split",
 ]
 

@@ -47,11 +47,15 @@ class Disentangled(SplitNet):
         return self._whole(self.classifier.weight.double() @ self.d2.weight.double())
 
 
-def disentangle(net: nn.Module) -> Disentangled:
+def disentangle(net: nn.Module, *, classifier: str | None = None, example: Tensor | None = None) -> Disentangled:
     """Put D1 and D2 (D x D, no bias, identity) before the last linear layer of a copy of `net`.
 
-    net: any classifier that ends in one nn.Linear, such as those of `fastafd.models`, torchvision and timm.
-    Raises ValueError if there is no such layer, or if a layer with parameters is registered after it.
+    net: any classifier whose output is that of one nn.Linear, such as those of `fastafd.models`, torchvision and timm;
+    DataParallel, DistributedDataParallel and torch.compile around it are taken off. classifier: the name of that layer.
+    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`. Without them such a network is checked
+    at the first batch of a step.
+    The copy keeps the mode of each layer; if `net` itself is in eval mode, the whole copy is in train mode.
+    Raises ValueError, which names the layer and the reason, if something else computes the output.
     Source: the AFD paper, Eq. 1; the start as the identity is that of the released code.
     """
-    return split(net, Disentangled)
+    return split(net, Disentangled, classifier=classifier, example=example)

@@ -6,11 +6,50 @@ import copy
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastafd.models.logits import copied, find_logits_layer, on_device, refusal, same_draws
+from fastafd.models.modes import eval_mode
+
+
+class Tap(nn.Module):
+    """Keeps its input (B,D), which it returns."""
+
+    value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x
+        return x
+
+
+class Tapped(nn.Module):
+    """The features of a network in whose forward something stands behind the last linear layer. `tap` is in its place.
+
+    net: contains `tap`. The forward returns what `tap` gets.
+    """
+
+    def __init__(self, net: nn.Module, tap: Tap):
+        super().__init__()
+        self.net = net
+        self.tap = tap
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.net(x)
+        features, self.tap.value = self.tap.value, None  # a tensor with a history could not be copied
+        assert features is not None
+        return features
 
 
 class SplitNet(nn.Module):
-    """A classifier in two parts, `backbone` (pooled features g) and `classifier`. `split` makes it."""
+    """A classifier in two parts, `backbone` (pooled features g) and `classifier`. `split` makes it.
+
+    log_softmax: True if the source returns log-probabilities, and so does this model's forward.
+    proven: True if it is known to compute what its source computes; else `check_split` finds out on the first batch.
+    """
+
+    log_softmax: bool = False
+    proven: bool = True
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):
         super().__init__()
@@ -27,50 +66,93 @@ class SplitNet(nn.Module):
         return self.features(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits (B,C) of images (B,3,H,W)."""
-        return self.classifier(self.f1(x))
+        """The logits (B,C) of images (B,3,H,W); their log_softmax if the source returns that."""
+        logits: Tensor = self.classifier(self.f1(x))
+        return logits.log_softmax(1) if self.log_softmax else logits
 
     def merge(self) -> nn.Module:
-        """A new plain classifier. It shares no memory with this model."""
+        """A new plain classifier. It shares no memory with this model; modes and requires_grad are this model's."""
         return self._whole(self.classifier.weight)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _whole(self, weight: Tensor) -> nn.Module:
         """A copy in the original architecture, with `weight` (C,D) in its last layer."""
         net = copy.deepcopy(self.backbone)
+        net = net.net if isinstance(net, Tapped) else net
         linear = copy.deepcopy(self.classifier)
         linear.weight.copy_(weight)
-        _set_submodule(net, self.linear_name, linear)
+        net.set_submodule(self.linear_name, linear)
         return net
 
 
 Halves = TypeVar("Halves", bound=SplitNet)
 
 
-def split(net: nn.Module, into: type[Halves] = SplitNet) -> Halves:  # type: ignore[assignment]
-    """A copy of `net` as backbone and classifier.
+def split(
+    net: nn.Module,
+    into: type[Halves] = SplitNet,  # type: ignore[assignment]
+    *,
+    classifier: str | None = None,
+    example: Tensor | None = None,
+) -> Halves:
+    """A copy of `net` as backbone and classifier, wholly in train mode if `net` is in eval mode.
 
-    net: any classifier that ends in one nn.Linear, such as those of `fastafd.models`, torchvision and timm.
-    Raises ValueError if there is no such layer, or if a layer with parameters is registered after it.
+    net: any classifier whose output is that of one nn.Linear, such as those of `fastafd.models`, torchvision and timm;
+    DataParallel, DistributedDataParallel and torch.compile around it are taken off. classifier: the name of that layer.
+    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`. Without them such a network is checked
+    at the first batch of a step.
+    Raises ValueError, which names the layer and the reason, if something else computes the output.
     """
+    net = copied(net)
     if isinstance(net, SplitNet):
         raise ValueError("the network is already split or disentangled; call merge() first")
-    net = copy.deepcopy(net)
-    leaves = [(name, m) for name, m in net.named_modules() if next(m.children(), None) is None]
-    weighted = [(name, m) for name, m in leaves if next(m.parameters(), None) is not None]
-    if not weighted or not isinstance(weighted[-1][1], nn.Linear) or not weighted[-1][0]:
-        reason = (
-            f"; its last layer with parameters is {weighted[-1][0]} ({type(weighted[-1][1]).__name__})"
-            if weighted
-            else ""
-        )
-        raise ValueError(f"{type(net).__name__} does not end in one nn.Linear behind its features{reason}")
-    name, classifier = weighted[-1]
-    assert isinstance(classifier, nn.Linear)
-    _set_submodule(net, name, nn.Identity())
-    return into(net, name, classifier)
+    layer = find_logits_layer(net, classifier, example)
+    linear = net.get_submodule(layer.name)
+    assert isinstance(linear, nn.Linear)
+    training = net.training
+    tap = (Tap() if layer.log_softmax else nn.Identity()).train(linear.training)
+    net.set_submodule(layer.name, tap)
+    backbone = Tapped(net, tap) if isinstance(tap, Tap) else net
+    with torch.inference_mode(False):
+        halves = into(backbone, layer.name, linear)
+    if not training:
+        halves.train()
+    halves.log_softmax, halves.proven = layer.log_softmax, layer.proven
+    if example is not None and not layer.proven:
+        check_split(halves, example)
+    return halves
 
 
-def _set_submodule(net: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent), child, module)
+@torch.no_grad()
+def check_split(model: SplitNet, x: Tensor) -> None:
+    """Check on images (B,3,H,W) that the model computes what its merged network computes, for any last weight.
+
+    Raises ValueError if the outputs differ.
+    """
+    x = on_device(x, model)
+    weight = model.classifier.weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    moved = weight + 0.1 * weight.std() * noise  # another weight shows whether something else reads it, too
+    whole = model._whole(moved)
+    name = model.linear_name
+    with eval_mode(whole), eval_mode(model):
+        with same_draws():
+            expected = whole(x)
+        try:
+            with same_draws():
+                features = model.features(x)
+        except Exception as error:  # such as for F.linear(features, self.fc.weight)
+            raise refusal(whole, f"without {name} its forward fails ({str(error).splitlines()[0]})") from error
+    if not isinstance(expected, Tensor) or not isinstance(features, Tensor):
+        got = expected if not isinstance(expected, Tensor) else features
+        raise refusal(whole, f"it returns a {type(got).__name__}, takes one tensor of logits")
+    if features.dim() != 2 or features.shape[1] != model.classifier.in_features:
+        raise refusal(whole, f"without {name} it returns {tuple(features.shape)}, takes features (B,D)")
+    logits = F.linear(features, moved, model.classifier.bias)
+    logits = logits.log_softmax(1) if model.log_softmax else logits
+    difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
+    bound = 1e-3 if torch.finfo(weight.dtype).bits >= 32 else 3e-2
+    if not difference <= bound * float(expected.abs().max()) + 1e-6:
+        raise refusal(whole, f"something else than {name} computes its output (they differ by {difference:.2g})")
+    model.proven = True

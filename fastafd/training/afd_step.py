@@ -16,7 +16,7 @@ from fastafd.methods import AFD
 from fastafd.models import Disentangled
 from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError, unknown
-from fastafd.training.step import TrainStep
+from fastafd.training.step import TrainStep, check_attack
 
 
 class AFDStep(TrainStep):
@@ -26,7 +26,7 @@ class AFDStep(TrainStep):
     - teacher: the natural classifier that `net` started from; the step makes a frozen copy of it.
     - optimizer: over model.parameters(); `fastafd.make_sgd` gives D2 a weight decay of its own, as the recipes do.
     - recipe: the name of a recipe, or a config.
-    - attack: replaces the recipe's attack.
+    - attack: replaces the recipe's attack. A subclass of `PGD` may have its own `ascent`, `target`, `draw` or `climb`.
     - amp: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "fp16" or "fp32".
     - engine: "fast" (compiled, the attack on a snapshot with folded BatchNorms, on CUDA one graph a step), "reference"
       (plain PyTorch), or "auto": fast on CUDA, reference on a CPU.
@@ -37,8 +37,10 @@ class AFDStep(TrainStep):
     The fast engine turns an SGD optimizer into a fused one and its learning rates into tensors; the weight decay and
     the momentum of the first steps stay in use. It puts weights that are not channels_last into that layout, in place,
     and says so. It compiles anew for each shape of a batch.
-    `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier.
-    Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler.
+    A layer of the model in eval mode, such as a frozen BatchNorm, stays in it, unless the whole model is in eval mode.
+    `averaged()` is the model to evaluate, `averaged().merge()` the plain classifier; both can be trained further.
+    Raises UsageError for an unknown recipe or field, ValueError for a model without a disentangler and for an optimizer
+    that lacks weights of the model.
     """
 
     def __init__(
@@ -62,18 +64,20 @@ class AFDStep(TrainStep):
         if attack is None:
             assert isinstance(config.attack, PGD)
             attack = config.attack
+        attack = check_attack(attack, config.method)
         of_step: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay}
         of_step["seed"] = config.task.seed
         of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
         for name in fields:
             if name not in (*of_method, *of_attack, *of_step):
                 raise unknown("AFDStep", name, [*of_method, *of_attack, *of_step])
+        attack_fields = {name: fields[name] for name in fields if name in of_attack}
         super().__init__(
             model,
             optimizer,
             replace(config.method, **{name: fields[name] for name in fields if name in of_method}),
             teacher=teacher,
-            attack=replace(attack, **{name: fields[name] for name in fields if name in of_attack}),
+            attack=replace(attack, **attack_fields) if attack_fields else attack,
             amp=amp,
             engine=engine,
             augment=augment,
@@ -82,7 +86,7 @@ class AFDStep(TrainStep):
         )
 
     def averaged(self) -> Disentangled:
-        """The model to evaluate or merge: the weight average, or the model itself if `ema_decay` is 0."""
+        """The model to evaluate or merge: a copy of the weight average, or of the model if `ema_decay` is 0."""
         model = super().averaged()
         assert isinstance(model, Disentangled)
         return model

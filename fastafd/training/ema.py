@@ -15,7 +15,10 @@ def ema_decay(t: int, limit: float) -> float:
 
 
 class EMA:
-    """`module` is the average of `model`: parameters and floating buffers are averaged, integer buffers are copied."""
+    """`module` is the average of `model`: parameters and floating buffers are averaged, integer buffers are copied.
+
+    `module` is in eval mode and requires no gradient.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay

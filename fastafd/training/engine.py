@@ -21,14 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import KLPGD, PGD, Choice, Snapshot, machine
+from fastafd.attacks import PGD, Choice, Snapshot, machine
 from fastafd.console import Console
 from fastafd.device import AMP, algorithms_by_trial, autocast
 from fastafd.kernels import linf_step
 from fastafd.kernels.operation import references
 from fastafd.methods import Batch, Loss, Method
-from fastafd.models import Disentangled, SplitNet
-from fastafd.settings import UsageError, cache_dir, unknown
+from fastafd.models import Disentangled, Modes, SplitNet
+from fastafd.settings import cache_dir, unknown
 from fastafd.training.ema import EMA
 
 ENGINES = ("reference", "fast")
@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        """x_adv: the attack on the f1 path, BatchNorm in eval mode."""
+        """x_adv: the attack on the f1 path."""
         ...
 
     def loss(self, batch: Batch) -> Loss:
@@ -82,7 +82,7 @@ class Reference:
 
     def __init__(
         self,
-        model: nn.Module,
+        modes: Modes,
         method: Method,
         teacher: nn.Module | None,
         attack: PGD | None,
@@ -90,9 +90,9 @@ class Reference:
         ema: EMA | None,
         amp: str,
     ):
-        self.model, self.method, self.teacher = model, method, teacher
+        self.model, self.modes, self.method, self.teacher = modes.net, modes, method, teacher
         self.attack, self.attack_bn, self.ema = attack, attack_bn, ema
-        self.device, self.amp = next(model.parameters()).device, AMP[amp]
+        self.device, self.amp = next(self.model.parameters()).device, AMP[amp]
 
     def launching(self) -> AbstractContextManager[None]:
         """Run the eager reference of every operation, on CUDA too: the fast engine is compared with plain PyTorch."""
@@ -108,13 +108,15 @@ class Reference:
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
         assert self.attack is not None
-        self.model.train(self.attack_bn == "train")
-
+        if self.attack_bn == "train":
+            self.modes.train()
+        else:
+            self.model.eval()
         with autocast(self.device, self.amp):
             return self.attack.climb(self.attack.ascent(self.model, x, y), x, noise)
 
     def loss(self, batch: Batch) -> Loss:
-        self.model.train()
+        self.modes.train()
         with autocast(self.device, self.amp):
             return self.method.loss(self.model, batch)
 
@@ -135,13 +137,14 @@ class Fast:
     """The engine whose parts are compiled; the teacher and the attack run on snapshots."""
 
     snapshot: Snapshot | None = None
+    _attacked: Compiled | None = None  # the classifier of an attack that computes its own gradient
     choice: Choice | None = None  # chooses the forms of the snapshot's convolutions
     side: torch.cuda.Stream | None = None  # the teacher's stream, on CUDA
     _teaching = False  # True while the side stream may have work that `join` must wait for
 
     def __init__(
         self,
-        model: nn.Module,
+        modes: Modes,
         method: Method,
         teacher: nn.Module | None,
         attack: PGD | None,
@@ -149,7 +152,8 @@ class Fast:
         amp: str,
         console: Console,
     ):
-        self.model, self.method, self.attack, self.ema = model, method, attack, ema
+        self.model = model = modes.net
+        self.modes, self.method, self.attack, self.ema = modes, method, attack, ema
         first = next(model.parameters())
         self.device, self.weights, self.amp = first.device, first.dtype, AMP[amp]
         keep_compiled(self.device)
@@ -160,8 +164,6 @@ class Fast:
                     f"the fast engine attacks fastafd.disentangle(net) or fastafd.models.split(net),"
                     f" not {type(model).__name__}"
                 )
-            if type(attack) not in (PGD, KLPGD):  # another class may climb another gradient
-                raise UsageError(f"attack: {type(attack).__name__} takes engine reference; fast has PGD and KLPGD")
             d1 = model.d1 if isinstance(model, Disentangled) else None
             self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
             self.choice = Choice(self.snapshot, self.device, console)
@@ -172,6 +174,9 @@ class Fast:
             else:
                 console.line(f"the attack sees BatchNorm in eval mode, not folded: {self.snapshot.reason}")
                 self.snapshot.net = torch.compile(self.snapshot.net, dynamic=False)  # type: ignore[assignment]
+            if type(attack).ascent is not PGD.ascent:
+                console.line(f"the attack {type(attack).__name__} has its own gradient: its loss runs uncompiled")
+                self._attacked = Compiled("the attacked network", self.snapshot.logits, console)
         if teacher is not None:
             frozen = Snapshot(teacher, dtype)
             frozen.refresh()
@@ -180,7 +185,7 @@ class Fast:
             )
         self._f1: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         if self.snapshot is not None:  # compiled if every step calls it, eager if only a probe does
-            always = method.replays_noise or isinstance(attack, KLPGD)
+            always = method.replays_noise or getattr(type(attack), "target", PGD.target) is not PGD.target
             self._f1 = Compiled("f1", self.snapshot.f1, console) if always else self.snapshot.f1
         self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
@@ -209,6 +214,8 @@ class Fast:
         self.refresh()
         leaf = self.snapshot.leaf or x.dtype
         with autocast(self.device, self.amp):
+            if self._attacked is not None:
+                return self.attack.climb(self.attack.ascent(self._attacked, x, y), x, noise, linf_step)
             target = self.attack.target(lambda: self.f1(x)[1], y)
 
             def gradient(x_adv: Tensor) -> Tensor:
@@ -217,7 +224,7 @@ class Fast:
             return self.attack.climb(gradient, x, noise, linf_step)
 
     def loss(self, batch: Batch) -> Loss:
-        self.model.train()
+        self.modes.train()
         return self._loss(batch)
 
     def join(self) -> None:

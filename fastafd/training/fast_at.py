@@ -101,7 +101,7 @@ class GradAlignStep(TrainStep):
         self.eps = attack.eps
 
     def _attacked(self, x: Tensor, inputs: Inputs) -> Tensor:
-        self.model.train()
+        self.modes.train()
         with autocast(self.device, self.engine.amp):
             self.gradient = input_gradient(self.model, x.clone().requires_grad_(), inputs[1])
         delta = (self.method.step_factor * self.eps * self.gradient.sign()).clamp(-self.eps, self.eps)

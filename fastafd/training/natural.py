@@ -9,24 +9,27 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastafd.checkpoint import fit_weights, header_of, load_model_about, load_weights, save_model
+from fastafd.checkpoint import load_model_about, save_model
 from fastafd.config import PretrainConfig, Task
 from fastafd.console import Console
 from fastafd.data import Augment, Dataset, Loader, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Natural
 from fastafd.models import build_model
+from fastafd.models.cost import threads_for
 from fastafd.settings import UsageError, cache_dir
 from fastafd.training.engine import resolve_engine
 from fastafd.training.loop import fit
 from fastafd.training.optim import make_sgd
 from fastafd.training.step import TrainStep
+from fastafd.weights import Weights, check_classes, check_classifier, fit_weights, read_weights
 
 
 def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
@@ -79,6 +82,34 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
     return net, header
 
 
+def is_cached(config: PretrainConfig, dataset: Dataset) -> bool:
+    """Whether the natural classifier of `config` has been trained before."""
+    return (folder_of(config, dataset) / "model.safetensors").exists()
+
+
+def set_threads(task: Task, multiplications: float, device: torch.device) -> Task:
+    """Let PyTorch use the task's number of CPU threads; returns the task with that number.
+
+    Without one: as many as `multiplications`, those of a forward pass on a batch, are worth, but not more than
+    OMP_NUM_THREADS. For a GPU nothing changes.
+    """
+    if device.type != "cpu":
+        return task
+    threads = task.threads or threads_for(multiplications)
+    if task.threads is None and "OMP_NUM_THREADS" in os.environ:
+        threads = min(threads, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    return dataclasses.replace(task, threads=threads)
+
+
+def check_batch_size(size: int, dataset: Dataset, field: str) -> None:
+    """Raise UsageError, for the setting `field`, for a batch that is larger than the training split."""
+    if size > len(dataset.train):
+        raise UsageError(
+            f"{field}: got {size}, takes 1..{len(dataset.train)}, the number of training images in {dataset.name}"
+        )
+
+
 def fresh_model(task: Task, dataset: Dataset) -> nn.Module:
     """A classifier with weights drawn from the task's seed."""
     with torch.random.fork_rng(devices=[]):
@@ -100,29 +131,40 @@ def build_loader(task: Task, batch_size: int, dataset: Dataset, device: torch.de
     )
 
 
-def pretrained_model(
-    pretrained: str, task: Task, dataset: Dataset, console: Console
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier in a file or run folder, or pyautoattack's `example`, and the header to save it with.
+def read_pretrained(pretrained: str, task: Task) -> Weights:
+    """What is in a file or run folder, or in pyautoattack's `example`. No data set is needed yet.
 
-    Raises UsageError if the weights do not fit the task's architecture.
+    Raises UsageError for a file that cannot be read, or whose header names another classifier than the task's.
     """
-    net = build_model(task.arch, len(dataset.classes), task.normalize)
     if pretrained == "example":
-        if (task.arch, dataset.name, task.normalize) != ("resnet18", "cifar10", "none"):
+        if (task.arch, task.dataset, task.normalize) != ("resnet18", "cifar10", "none"):
             raise UsageError(
                 "pretrained: 'example' is a CIFAR-10 ResNet-18 without normalisation,"
-                f" not {task.arch} on {dataset.name} with normalize {task.normalize}"
+                f" not {task.arch} on {task.dataset} with normalize {task.normalize}"
             )
         source = example_weights()
     else:
         source = Path(pretrained).expanduser()
         source = source / "model.safetensors" if source.is_dir() else source
-    fit_weights(net, load_weights(source), source)
-    console.line(f"pre-trained model: {source}")
+    weights = read_weights(source, "pretrained")
+    check_classifier(weights, task.arch, task.normalize)
+    return weights
+
+
+def pretrained_model(
+    weights: Weights, task: Task, dataset: Dataset, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier of `read_pretrained`, in eval mode, and the header to save it with.
+
+    Raises UsageError if its weights do not fit the task's architecture, or its classes are not those of the data set.
+    """
+    check_classes(weights, dataset.classes)
+    net = build_model(task.arch, len(dataset.classes), task.normalize)
+    fit_weights(net, weights, console.line)
+    console.line(f"pre-trained model: {weights.path}")
     header = header_for(task, dataset)
-    if source.suffix == ".safetensors" and (seconds := header_of(source).get("pretraining_seconds")) is not None:
-        header["pretraining_seconds"] = seconds
+    if "pretraining_seconds" in weights.header:
+        header["pretraining_seconds"] = weights.header["pretraining_seconds"]
     return net.eval(), header
 
 
@@ -158,6 +200,7 @@ def shaping(config: PretrainConfig, dataset: Dataset) -> str:
         "amp": resolve_amp(task.amp, device),
         "engine": resolve_engine(task.engine, device),
         "data": dataset.train.identity,
+        "threads": task.threads,
         "sgd": dataclasses.asdict(config.sgd),
     }
     return json.dumps(shape, sort_keys=True)

@@ -28,6 +28,40 @@ def make_sgd(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Compare the optimizer's weights with the model's; returns lines about weights that will not train.
+
+    Raises ValueError if the optimizer lacks a weight of the model that requires a gradient, and if no weight except D1
+    and D2 requires one.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights = dict(model.named_parameters())
+    trained = {name: p for name, p in weights.items() if p.requires_grad}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    frozen = [name for name in weights if name not in trained]
+    if not set(trained) - {"d1.weight", "d2.weight"}:
+        which = "only D1 and D2 require" if trained else "no weight of the model requires"
+        raise ValueError(f"{which} a gradient: {listed(frozen)} are frozen; call model.requires_grad_() first")
+    if missing:
+        why = "it was made over another network" if len(missing) == len(trained) else "it was made over a part"
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} of the model's {len(trained)} trainable weights: {listed(missing)};"
+            f" {why}. Make it over model.parameters(), and freeze what shall not train with requires_grad_(False)"
+        )
+    lines = []
+    if frozen:
+        lines.append(f"{len(frozen)} of {len(weights)} weights are frozen (requires_grad False): {listed(frozen)}")
+    others = held - {id(p) for p in weights.values()}
+    if others:
+        lines.append(f"the optimizer also holds {len(others)} weights that are not the model's; this step trains none")
+    return lines
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def learning_rate(
     epoch: float, epochs: int, lr: float, schedule: tuple[tuple[float, float], ...], between: str = "steps"
 ) -> float:

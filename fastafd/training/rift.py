@@ -90,7 +90,8 @@ def attacked_images(net: nn.Module, held_out: Split, attack: PGD, batch_size: in
     generator = torch.Generator(device).manual_seed(seed)
     x, y = to_unit(torch.from_numpy(held_out.images())).to(device), torch.from_numpy(held_out.labels).to(device)
     net.eval()
-    return torch.cat([attack(net, images, labels, generator) for images, labels in batches(x, y, batch_size)]), y
+    attacked = [attack.perturb(net, images, labels, generator) for images, labels in batches(x, y, batch_size)]
+    return torch.cat(attacked), y
 
 
 def mix(robust: dict[str, Tensor], tuned: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Ball
+from fastafd.attacks import PGD, Ball, check_images, check_labels, check_logits, weakness
 from fastafd.console import Console
 from fastafd.data import Augment, Loader, to_unit
 from fastafd.device import resolve_amp
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
-from fastafd.models import SplitNet, split
-from fastafd.settings import UsageError
+from fastafd.models import Modes, SplitNet, check_split, eval_mode, split
+from fastafd.settings import RunError, UsageError
 from fastafd.training.ema import EMA
 from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.training.graphs import Graphs
-from fastafd.training.optim import fuse, needs_host, restore, to_channels_last
+from fastafd.training.optim import check_optimizer, fuse, needs_host, restore, to_channels_last
 from fastafd.training.timing import PhaseTimer
 
 # images, labels, crop offsets, flips, the attack's start noise, the number of the epoch
@@ -63,27 +63,41 @@ class TrainStep:
         teacher: the natural classifier, of which a frozen copy is made. attack: a PGD, or only the ball for a method
         that makes its attacked images itself. attack_bn: BatchNorm's mode during the attack. loader, epochs: the run's
         loader and number of epochs, which only methods need that act by epoch (ARREST, ATAS).
-        Raises ValueError for a missing teacher or loader, UsageError for settings that do not go together.
+        A layer of the model that is in eval mode stays in it, unless the whole model is: then the mode means nothing.
+        Raises ValueError for a missing teacher or loader and for an optimizer that lacks trainable weights, UsageError
+        for settings that do not go together.
         """
         if method.uses_teacher and teacher is None:
             raise ValueError(f"{type(method).__name__} needs a teacher")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
         self.console = console or Console()
+        self.modes = Modes(model)
+        for line in [*check_optimizer(model, optimizer), self.modes.note()]:
+            if line is not None:
+                self.console.line(line)
         self.fast = engine_of(method, engine, self.device, self.console) == "fast"
         if self.fast and to_channels_last(model, optimizer):  # before anything refers to the model's tensors
             self.console.line("the network's weights are put into channels_last, the layout of the fast engine")
         self.attack: PGD | None = None
         if method.adversarial and method.uses_recipe_attack and attack is not None:
-            if not isinstance(attack, PGD):
-                raise UsageError(f"attack: got a {type(attack).__name__}, takes a PGD with {method.label}")
-            self.attack = attack
+            self.attack = check_attack(attack, method)
+            if line := weakness(self.attack):
+                self.console.line(line)
         self.loader = loader
         if method.replays_noise and loader is None:
             raise ValueError(f"{type(method).__name__} needs loader, whose length is the number of steps in an epoch")
         if method.replays_noise and (self.attack is None or not self.attack.random_start):
             raise UsageError(f"attack.random_start: got false, takes true with {method.label}")
-        frozen = None if teacher is None else _frozen_features(teacher, model, self.device)
+        frozen: nn.Module | None = None
+        self._unproven: list[SplitNet] = []  # networks that the first batch is still to check
+        if isinstance(model, SplitNet) and not model.proven:
+            self._unproven.append(model)
+        if teacher is not None:
+            whole = _split_teacher(teacher, model, self.device)
+            frozen = whole.backbone
+            if not whole.proven:
+                self._unproven.append(whole)
         self.has_teacher = frozen is not None
         self.ema = EMA(model, ema_decay) if ema_decay else None
         self.augment = augment
@@ -92,16 +106,17 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(seed)  # draws the attack's starts
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
+        self._checked = False  # True after the first batch
 
         self.graphs: Graphs | None = None
         self._state: Any = None  # the optimizer's state whose tensors the recordings use
         self.engine: Engine
         if not self.fast:
-            self.engine = Reference(model, method, frozen, self.attack, attack_bn, self.ema, amp)
+            self.engine = Reference(self.modes, method, frozen, self.attack, attack_bn, self.ema, amp)
             return
         if self.attack is not None and attack_bn != "eval":
             raise UsageError(f"attack_bn: got {attack_bn!r}, takes eval with engine fast; reference has both")
-        self.engine = Fast(model, method, frozen, self.attack, self.ema, amp, self.console)
+        self.engine = Fast(self.modes, method, frozen, self.attack, self.ema, amp, self.console)
         self._compiled_for: set[torch.Size] = set()  # shapes of batches
         fuse(self.optimizer)
         if self.device.type == "cuda":
@@ -113,15 +128,22 @@ class TrainStep:
     def __call__(self, x: Tensor, y: Tensor, probe: bool = False) -> dict[str, Tensor]:
         """Train on one batch; returns detached scalars on the device: `loss`, the method's terms, accuracies.
 
-        x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) int64. `augment`, if the step has one,
-        is applied to uint8 batches. probe: True also measures the clean accuracy and the feature gaps, in eval mode
-        with the weights before the update; this takes two more forward passes.
-        Raises UsageError if the first batch has pixels outside [0,1] or labels that the model has no class for.
+        x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) class numbers. `augment`, if the step has
+        one, is applied to uint8 batches. probe: True also measures the clean accuracy and the feature gaps, in eval
+        mode with the weights before the update; this takes two more forward passes.
+        Raises UsageError for images and labels that are something else. Values are checked in the first batch, and in
+        every batch that comes on the CPU. The first batch also checks the networks: ValueError if the split one
+        computes another function than its source, RunError if an output is not finite.
         """
+        if not torch.is_grad_enabled():
+            raise UsageError("a training step needs gradients, and torch.no_grad or torch.inference_mode is on")
+        first = not self._checked
+        self._check_batch(x, y, first)
         with self.timer("inputs"):
             inputs = self._inputs(x, y)
-        if self.steps == 0:
-            self._check_first(*inputs[:2])
+        if first:
+            self._check_networks(inputs[0])
+            self._checked = True
         weight = 0.0 if self.ema is None else self.ema.advance()
         if self.fast and inputs[0].shape not in self._compiled_for:
             run = self._compile
@@ -131,9 +153,16 @@ class TrainStep:
         self.steps += 1
         return metrics
 
+    @torch.inference_mode(False)
     def averaged(self) -> nn.Module:
-        """The model to evaluate: the weight average, or the model itself if `ema_decay` is 0."""
-        return self.model if self.ema is None else self.ema.module
+        """The model to evaluate: a copy of the weight average, or of the model if `ema_decay` is 0, in eval mode.
+
+        Its weights require gradients where the model's do, so that it can be trained further.
+        """
+        averaged = copy.deepcopy(self.model if self.ema is None else self.ema.module).eval()
+        for p, live in zip(averaged.parameters(), self.model.parameters(), strict=True):
+            p.requires_grad_(live.requires_grad)
+        return averaged
 
     @property
     def arms(self) -> dict[str, Any]:
@@ -209,17 +238,29 @@ class TrainStep:
             epoch = torch.full((), self.steps // len(self.loader) + 1, device=self.device)
         return x, y, offsets, flips, noise, epoch
 
-    def _check_first(self, x: Tensor, y: Tensor) -> None:
-        """Check the first batch for mistakes that a loop makes in every batch or never. This waits for the device."""
-        if x.is_floating_point() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
-            raise UsageError(
-                f"x: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0,1];"
-                " normalisation belongs inside the model (fastafd.models.Normalize)"
-            )
-        linear = self.model.classifier if isinstance(self.model, SplitNet) else None
-        if y.min() < 0 or (linear is not None and y.max() >= linear.out_features):
-            classes = "" if linear is None else f" to {linear.out_features - 1}"
-            raise UsageError(f"y: got labels from {int(y.min())} to {int(y.max())}, takes 0{classes}")
+    def _check_batch(self, x: Tensor, y: Tensor, first: bool) -> None:
+        """Raise UsageError for images or labels that the step does not take. Only the first batch waits for a GPU."""
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            if x.dim() != 4 or 3 not in (x.shape[-1], x.shape[1]):
+                raise UsageError(f"x: got uint8 {tuple(x.shape)}, takes (B,H,W,3) or (B,3,H,W)")
+        else:
+            check_images(x, values=first or (isinstance(x, Tensor) and x.device.type == "cpu"))
+        if not len(x):
+            raise UsageError(f"x: got {tuple(x.shape)}, takes at least one image")
+        classes = self.model.classifier.out_features if isinstance(self.model, SplitNet) else None
+        check_labels(y, len(x), classes, values=first or (isinstance(y, Tensor) and y.device.type == "cpu"))
+
+    def _check_networks(self, images: Tensor) -> None:
+        """Run the networks on the first batch, in eval mode, and check what they return. This waits for the device."""
+        x = self._pixels(images, None, None)
+        for net in self._unproven:
+            check_split(net, x)
+        self._unproven.clear()
+        with torch.no_grad(), eval_mode(self.model), torch.random.fork_rng():
+            logits = self.model(x)
+        check_logits(logits, len(x), "model", finite=False)
+        if not logits.isfinite().all():
+            raise RunError("model: its output is not finite for the first batch")
 
     def _run(
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
@@ -381,11 +422,33 @@ def feature_gap(u: Tensor, v: Tensor, name: str) -> dict[str, Tensor]:
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
 
 
-def _frozen_features(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of the teacher up to its features. ValueError if their width differs from the student's."""
-    whole = copy.deepcopy(teacher) if isinstance(teacher, SplitNet) else split(teacher)
+def check_attack(attack: object, method: Method) -> PGD:
+    """The attack, if the step can run it; UsageError, which names it, if not."""
+    if not isinstance(attack, PGD):
+        name = getattr(attack, "__name__", type(attack).__name__)
+        raise UsageError(
+            f"attack: got {name}, takes a fastafd.PGD with {method.label}; a subclass with its own `ascent` climbs"
+            " another loss"
+        )
+    if type(attack).__call__ is not PGD.__call__ or type(attack).perturb is not PGD.perturb:
+        raise UsageError(
+            f"attack: {type(attack).__name__} has its own __call__, which a step does not call; override `ascent` (the"
+            " gradient to climb), `target`, `draw` (the start) or `climb` (the steps)"
+        )
+    return attack
+
+
+def _split_teacher(teacher: nn.Module, student: nn.Module, device: torch.device) -> SplitNet:
+    """A frozen copy of the teacher. ValueError if the width of its features differs from the student's."""
+    if isinstance(teacher, SplitNet):
+        whole = copy.deepcopy(teacher)
+    else:
+        whole = split(teacher)
+        name = student.linear_name if isinstance(student, SplitNet) else ""
+        if not whole.proven and isinstance(dict(teacher.named_modules()).get(name), nn.Linear):
+            whole = split(teacher, classifier=name)  # the layer that the user has named for the student
     if isinstance(student, SplitNet) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(
             f"the teacher has {whole.classifier.in_features} features, the model {student.classifier.in_features}"
         )
-    return whole.backbone.to(device).eval().requires_grad_(False)
+    return whole.to(device).eval().requires_grad_(False)

@@ -1,0 +1,48 @@
+"""Train and eval mode of a whole network, with the layers kept as they were."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put all layers into eval mode; afterwards each layer has its former mode again."""
+    before = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class Modes:
+    """Switches a network between train and eval mode; layers that were in eval mode before stay in eval mode.
+
+    If the network itself was in eval mode, as a loaded model is, no layer was put into it on purpose, and none stays.
+    """
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+        self.fixed = [module for module in net.modules() if not module.training] if net.training else []
+
+    def train(self) -> None:
+        self.net.train()
+        for module in self.fixed:
+            module.training = False
+
+    def eval(self) -> None:
+        self.net.eval()
+
+    def note(self) -> str | None:
+        """A line that counts the layers that stay in eval mode; None if there are none."""
+        kinds = Counter(type(module).__name__ for module in self.fixed if next(module.children(), None) is None)
+        if not kinds:
+            return None
+        listed = ", ".join(f"{name} {count}" for name, count in kinds.most_common())
+        return f"{sum(kinds.values())} layers stay in eval mode, as they are: {listed}"
