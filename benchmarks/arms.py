@@ -5,6 +5,7 @@
 
 Of fastafd's fast step of recipe `released`, on random pixels; on a CPU in one thread. Each row is timed with the plain
 form in turn, round after round; "x plain" is the median of the rounds' ratios, an epoch 50,000 images.
+FILE is by default benchmarks/measured/DEVICE/arms.json, which git ignores.
 
     chosen      the form that every convolution gets from its own timings (fastafd.attacks.choice), as a run takes it
     fused, turned, bits, padded    that arm alone, wherever it applies (fastafd.attacks.arms)
@@ -35,9 +36,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.clock import RESULTS, device_name, result_file
+from benchmarks.clock import RESULTS, device_name, result_file, save
 from benchmarks.epoch_tables import IMAGES
-from benchmarks.epoch_time import Step, sampled, save
+from benchmarks.epoch_time import Step, sampled
 from benchmarks.forms import our_step, random_batches
 from fastafd.attacks.arms import ARMS, Form
 from fastafd.device import resolve_amp, resolve_device
@@ -202,6 +203,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

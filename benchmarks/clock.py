@@ -1,7 +1,8 @@
-"""Seconds on either device, the device's name, and the file that results go to."""
+"""Seconds on either device, the device's name, and where results are: those measured here, and the committed ones."""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import statistics
@@ -14,8 +15,11 @@ from typing import Any
 
 import torch
 
+from fastafd.files import save_text
+
 WARM = 3  # calls before a clock starts
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # committed: what the pages show
+MEASURED = Path(__file__).parent / "measured"  # ignored by git: what a script writes without --out
 
 
 def device_name(device: torch.device) -> str:
@@ -26,10 +30,19 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.machine()
 
 
-def result_file(kind: str, device: torch.device) -> Path:
-    """Where the results of a benchmark on that device go, such as results/epoch-time-nvidia-h100-80gb-hbm3.json."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
-    return RESULTS / f"{kind}-{name}.json"
+def result_file(kind: str, of: torch.device | str) -> Path:
+    """The file of a benchmark's results without --out, such as measured/nvidia-h100-80gb-hbm3/epoch-time.json.
+
+    of: the device, or the name of the folder.
+    """
+    if not isinstance(of, str):
+        of = re.sub(r"[^a-z0-9]+", "-", device_name(of).lower()) if of.type == "cuda" else "cpu"
+    return MEASURED / of / f"{kind}.json"
+
+
+def save(result: dict[str, Any], out: Path) -> None:
+    """Write results as JSON, and make the folder. RunError if that fails."""
+    save_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def wait(device: torch.device) -> None:
@@ -50,14 +63,24 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 def median_seconds(
     function: Callable[..., Any], inputs: Sequence[Sequence[Any]], rounds: int, device: torch.device
 ) -> float:
-    """The median seconds of a call. A round calls the function on each of the inputs, on CUDA as one recorded graph."""
+    """The median seconds of a call: see `seconds_of_rounds`."""
+    return statistics.median(seconds_of_rounds(function, inputs, rounds, device))
+
+
+def seconds_of_rounds(
+    function: Callable[..., Any], inputs: Sequence[Sequence[Any]], rounds: int, device: torch.device
+) -> list[float]:
+    """The seconds of a call in each round.
+
+    A round calls the function on each of the inputs, on CUDA as one recorded graph.
+    """
 
     def all_inputs() -> list[Any]:
         return [function(*operands) for operands in inputs]
 
     if device.type == "cpu":
         all_inputs()
-        return statistics.median(seconds_of(all_inputs, device) for _ in range(rounds)) / len(inputs)
+        return [seconds_of(all_inputs, device) / len(inputs) for _ in range(rounds)]
 
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
@@ -77,14 +100,4 @@ def median_seconds(
         graph.replay()
         event.record()
     wait(device)
-    return statistics.median(start.elapsed_time(end) for start, end in pairwise(events)) / 1e3 / len(inputs)
-
-
-def limits(device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
-    """The FLOP/s of a large matrix product and the bytes/s of a large copy."""
-    side, numbers = (8192, 2**26) if device.type == "cuda" else (1024, 2**24)
-    squares = [[torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)] for _ in range(2)]
-    product = median_seconds(torch.mm, squares, rounds, device)
-    pairs = [[torch.rand(numbers, device=device) for _ in range(2)] for _ in range(2)]
-    copy = median_seconds(lambda a, b: b.copy_(a), pairs, rounds, device)
-    return 2 * side**3 / product, 2 * 4 * numbers / copy
+    return [start.elapsed_time(end) / 1e3 / len(inputs) for start, end in pairwise(events)]

@@ -13,16 +13,16 @@ calls, each with inputs and an output of its own; the median of the rounds is ar
     compiled, cuDNN fused, Triton template    the same by torch.compile, by cuDNN in one, by inductor's own convolution
     forward of 8, dgrad of 8                  the stem, its input and weight padded from 3 to 8 channels
 
-The roofline is max(FLOPs / peak, bytes / bandwidth): the peak that of a large square matrix product, the bandwidth that
-of a large copy, the bytes the least that must move, each input once and each output once. A form that raises, or whose
-result is wrong, has "no" in the table and the reason in the JSON. FILE is by default
-benchmarks/results/convolutions-DEVICE.json.
+The roofline is max(FLOPs / peak, bytes / bandwidth): the peak that of the fastest product or convolution that
+`benchmarks.limits` finds, the bandwidth that of a large copy, the bytes the least that must move, each input once and
+each output once. Where convolutions are faster than it, as a cache makes possible, no share of the limit is shown. A
+form that raises, or whose result is wrong, has "no" in the table and the reason in the JSON. FILE is by default
+benchmarks/measured/DEVICE/convolutions.json, which git ignores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -35,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.clock import device_name, limits, median_seconds, result_file
+from benchmarks.clock import device_name, median_seconds, result_file, save
+from benchmarks.limits import limits, share
 from fastafd.attacks.arms import turned_gradient, turned_weights
+from fastafd.device import resolve_device
 from fastafd.models import build_model
 
-HERE = Path(__file__).parent
 # Each form, and the form whose result it must reproduce.
 SAME = {
     "dgrad as forward": "dgrad",
@@ -212,19 +213,23 @@ def of_arch(rows: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     limit = sum(row["count"] * row["roofline_us"] for row in rows)
     sums = {form: sum(row["count"] * row["us"][form] for row in rows) for form in RATES}
-    reached = ", ".join(f"{form} {spent:.0f} us ({limit / spent:.0%} of the limit)" for form, spent in sums.items())
+    reached = ", ".join(f"{form} {spent:.0f} us{of_limit(limit / spent)}" for form, spent in sums.items())
     count = sum(row["count"] for row in rows)
     return "\n".join(
         [*lines, "", f"All {count} convolutions of {rows[0]['arch']}: roofline {limit:.0f} us, {reached}."]
     )
 
 
+def of_limit(part: float) -> str:
+    """A share of the roofline in brackets, if the roofline was not exceeded."""
+    return f" ({share(part)} of the limit)" if share(part) else ""
+
+
 def convolutions_note(result: dict[str, Any]) -> str:
-    """The line above the table: device, versions, date, type, and the measured limits."""
-    return (
-        f"{result['device']}, PyTorch {result['torch']}, {result['date']}; {result['dtype']}, batch {result['batch']}; "
-        f"a product reaches {result['peak_tflops']:.3g} TFLOP/s, a copy {result['copy_gb_s']:.4g} GB/s."
-    )
+    """The line above the table: device, versions, date, type, and the measured limits; in old files a product's."""
+    machine = f"{result['device']}, PyTorch {result['torch']}, {result['date']}; {result['dtype']}"
+    reached = f"{result.get('peak_by', 'a product')} reaches {result['peak_tflops']:.3g} TFLOP/s"
+    return f"{machine}, batch {result['batch']}; {reached}, a copy {result['copy_gb_s']:.4g} GB/s."
 
 
 def main(argv: list[str]) -> int:
@@ -237,19 +242,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
 
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    device = resolve_device(args.device)
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
     out = args.out or result_file("convolutions", device)
     networks = {arch: shapes(arch) for arch in args.arch}
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    peak, bandwidth = limits(device, dtype, args.rounds)
+    peak, by, bandwidth = limits(device, dtype, args.rounds)
     of = device_name(device) + ("" if cuda else ", one thread")
     result: dict[str, Any] = {"device": of, "torch": torch.__version__, "date": str(date.today())}
     result |= {"batch": args.batch, "dtype": str(dtype).removeprefix("torch.")}
-    result |= {"peak_tflops": round(peak / 1e12, 4), "copy_gb_s": round(bandwidth / 1e9, 1), "rows": []}
+    result |= {"peak_tflops": round(peak / 1e12, 4), "peak_by": by, "copy_gb_s": round(bandwidth / 1e9, 1), "rows": []}
     print(convolutions_note(result), flush=True)
     for arch, counts in networks.items():
         for shape, count in counts.items():
@@ -261,13 +267,13 @@ def main(argv: list[str]) -> int:
             row |= {"roofline_us": round(max(flops / peak, moved / bandwidth) * 1e6, 2)}
             row |= {"tflops": {form: round(flops / us[form] / 1e6, 4) for form in RATES}, "us": us, "failed": failed}
             result["rows"].append(row)
-            out.write_text(json.dumps(result, indent=1) + "\n")  # an interrupted run keeps its results
+            save(result, out)  # an interrupted run keeps its results
         print(f"\n{convolutions_table([row for row in result['rows'] if row['arch'] == arch])}", flush=True)
     print(f"\nall of it in {out}")
     return 0
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.clock import RESULTS
+from benchmarks.limits import share
 from fastafd.reporting.markdown import markdown_table
 from fastafd.reporting.paper import TABLE5
 
@@ -25,13 +26,13 @@ def roofline_seconds(arch: str) -> float:
 def epoch_table(result: dict[str, Any]) -> str:
     """Markdown: every form, then the paper's seconds, then the roofline on the GPU that it is for."""
     head = ["network", "task", "form", "s/epoch", "fastest to slowest", "x paper-style", "images/s", "TFLOP/s"]
-    head += ["of a product's", "peak GiB", "first call s"]
+    head += ["of the peak" if "peak_tflops" in result else "of a product's", "peak GiB", "first call s"]
     lines = []
-    for row in result["rows"]:
+    for row, of_limit in zip(result["rows"], shares(result), strict=True):
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         cells = [row["arch"], row["task"], row["form"], f"{row['epoch_s']:.2f}"]
         cells += [f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}", f"{row['times_paper_style']:.2f}"]
-        cells += [f"{row['images_s']:.0f}", f"{row['tflops']:.2f}", f"{row['of_product']:.0%}", peak]
+        cells += [f"{row['images_s']:.0f}", f"{row['tflops']:.2f}", of_limit, peak]
         lines.append([*cells, f"{row['first_call_s']:.1f}"])
     for row in result["whole"]:
         cells = [row["arch"], row["task"], f"fast, whole epoch, {row['loader']}", f"{row['epoch_s']:.2f}"]
@@ -44,6 +45,26 @@ def epoch_table(result: dict[str, Any]) -> str:
             form = "roofline of the generated code, benchmarks.generated"
             lines.append([arch, "afd", form, f"{roofline_seconds(arch):.2f}", *7 * [""]])
     return markdown_table(head, lines)
+
+
+def shares(result: dict[str, Any]) -> list[str]:
+    """The share of the peak that each row reaches, in old files of a product's rate; all empty if one is above 100 %.
+
+    What one row exceeded is no limit, so it says nothing of the others.
+    """
+    parts = [row["of_peak"] if "peak_tflops" in result else row["of_product"] for row in result["rows"]]
+    return [share(part) if max(parts) <= 1 else "" for part in parts]
+
+
+def limit_note(result: dict[str, Any]) -> str:
+    """The sentence on the rate that the rows are compared with: the peak, in old files that of a product."""
+    if "peak_tflops" in result:
+        said = f"The peak, the fastest product or convolution measured, is {result['peak_tflops']:.3g} TFLOP/s"
+        said += f" ({result['peak_by']})."
+    else:
+        said = f"A matrix product reaches {result['product_tflops']:.3g} TFLOP/s."
+    exceeded = result["rows"] and not any(shares(result))
+    return f"{said} A form was faster, so no share of it is shown." if exceeded else said
 
 
 def methods_table(result: dict[str, Any]) -> str:
@@ -65,7 +86,7 @@ def epoch_note(result: dict[str, Any]) -> str:
         f"{result['device']}, {result['amp']}, batch {result['batch']}, PGD-{result['pgd_steps']}, "
         f"PyTorch {result['torch']}, {result['threads']} CPU threads, {result['date']}. "
         f"Rows without a loader: the median of {result['rounds']} rounds of {result['steps']} steps of random pixels, "
-        f"times {IMAGES // result['batch']}. A matrix product reaches {result['product_tflops']:.3g} TFLOP/s."
+        f"times {IMAGES // result['batch']}. {limit_note(result)}"
     ]
     for row in result["phases"]:
         parts = ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in row["seconds"].items())

@@ -6,7 +6,8 @@
     python -m benchmarks.epoch_time --quick --arch resnet18 --tasks --methods       # the paper's Table 5 alone
 
 One process, all forms alive at once and timed in turn, round after round; the median of the rounds and their extremes.
-"x paper-style" is the median of the rounds' own ratios.
+"x paper-style" is the median of the rounds' own ratios. "of the peak" is the share of the rate of the fastest product
+or convolution that `benchmarks.limits` finds.
 
     naive        paper-style, but the attack in train mode by loss.backward(): weight gradients formed and dropped
     paper-style  eager fp32 NCHW, PyTorch's default TF32 setting, the input's gradient by autograd.grad
@@ -20,13 +21,14 @@ step times 390; "whole epoch" rows run all of it, loader included. FLOPs are cou
 
 `--methods` measures every method of the paper's Table 5 in the same way, each on the engine that a run on a GPU takes;
 seconds in all are epochs of the recipe times seconds of one, and those of the model that the method begins with.
+
+The results go to benchmarks/measured/DEVICE/epoch-time.json, which git ignores, or to the FILE of --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import subprocess
@@ -41,9 +43,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import device_name, limits, median_seconds, result_file, seconds_of, wait
+from benchmarks.clock import device_name, median_seconds, result_file, save, seconds_of, wait
 from benchmarks.epoch_tables import IMAGES, epoch_note, epoch_table, methods_table
 from benchmarks.forms import INSTEAD, METHODS, Step, counted_flops, method_step, our_step, random_batches, step_forms
+from benchmarks.limits import limits
 from fastafd.data import Loader, load_dataset, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Batch, FreeAT
@@ -127,9 +130,7 @@ def phases(step: TrainStep, batch: tuple[Tensor, Tensor], device: torch.device) 
 # -- what is measured ---------------------------------------------------------------------------------------------
 
 
-def rows_of(
-    arch: str, task: str, samples: dict[str, dict[str, Any]], batch: int, product: float
-) -> list[dict[str, Any]]:
+def rows_of(arch: str, task: str, samples: dict[str, dict[str, Any]], batch: int, peak: float) -> list[dict[str, Any]]:
     flops, per_epoch = counted_flops(arch, task), IMAGES // batch
     rows = []
     of_paper = samples["paper-style"]["step_s"]
@@ -138,7 +139,7 @@ def rows_of(
         row = {"arch": arch, "task": task, "form": form, "epoch_s": step * per_epoch}
         row |= {"fastest_s": min(measured["step_s"]) * per_epoch, "slowest_s": max(measured["step_s"]) * per_epoch}
         row |= {"images_s": batch / step, "tflops": batch * flops / step / 1e12}
-        row |= {"of_product": batch * flops / step / product, "first_call_s": measured["first_call_s"]}
+        row |= {"of_peak": batch * flops / step / peak, "first_call_s": measured["first_call_s"]}
         # Take ratios round by round: if the machine is slow for a while, both sides of a ratio are slow.
         row["times_paper_style"] = statistics.median(a / b for a, b in zip(of_paper, measured["step_s"], strict=True))
         row["peak_gib"] = None if measured["peak_bytes"] is None else measured["peak_bytes"] / 2**30
@@ -211,9 +212,11 @@ def measure(args: argparse.Namespace, device: torch.device, out: Path) -> dict[s
     """Measure everything; each piece is written to `out` at once, so that an interrupted run keeps its results."""
     amp = resolve_amp("auto", device)
     torch.backends.cudnn.benchmark = True  # for every form, because cuDNN keeps the first choice for a shape
-    product, _ = limits(device, torch.bfloat16 if amp == "bf16" else torch.float32, rounds=5)
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    best = limits(device, dtype, rounds=1 if args.tiny else 5)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
-    result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": args.batch, "product_tflops": product / 1e12}
+    result |= {"threads": torch.get_num_threads(), "amp": amp, "batch": args.batch}
+    result |= {"peak_tflops": best.flops / 1e12, "peak_by": best.by}
     result |= {"rounds": args.rounds, "steps": args.steps, "pgd_steps": AFD_ATTACK.steps}
     result |= {"rows": [], "phases": [], "whole": [], "compile": []} | ({"methods": []} if args.methods else {})
     for arch in args.arch:
@@ -240,7 +243,7 @@ def measure_task(
     net, amp = build_model(arch, 10).to(device), result["amp"]
     batches = random_batches(args.batch, args.steps, device)
     steps, samples = sampled(step_forms(net, task, amp, args.without), batches, args.rounds, device)
-    result["rows"] += rows_of(arch, task, samples, args.batch, result["product_tflops"] * 1e12)
+    result["rows"] += rows_of(arch, task, samples, args.batch, result["peak_tflops"] * 1e12)
     save(result, out)
     fast, reference = steps["fast"], our_step(net, task, amp, "reference")
     assert isinstance(fast, TrainStep)
@@ -284,10 +287,6 @@ def forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def save(result: dict[str, Any], out: Path) -> None:
-    out.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.epoch_time", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
@@ -320,6 +319,8 @@ def main() -> int:
         print(time.perf_counter() - began)
         return 0
     out = args.out or result_file("epoch-time", device)
+    if args.data_dir is not None:
+        load_dataset("cifar10", args.data_dir)  # so that a wrong folder ends the run now, not after minutes
     result = measure(args, device, out)
     tables = ([epoch_table(result)] if args.tasks else []) + ([methods_table(result)] if args.methods else [])
     print("\n\n".join([*tables, epoch_note(result), f"all of it in {out}"]))
@@ -327,6 +328,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(main)
+    run_script(main)

@@ -14,16 +14,15 @@ A launch takes the longer of its FLOPs at 798 TFLOP/s (a bf16 product of 8192) a
 is assumed to be perfect, and every tensor comes from memory and goes there. That is the roofline of the generated code
 and no time: nothing has run. It says nothing of cuDNN's choices, numerics, streams, peak memory or a recording.
 
-FILE of --out is JSON, as is what --json prints. Needs a CUDA build of torch, Triton and a C compiler, else one line
-says what is missing and the exit code is 1; so it is where convolutions are not in bf16 or not channels_last, for then
-the stand-in for the GPU has failed.
+FILE of --out is JSON, as is what --json prints; without --out no file is written. Needs a CUDA build of torch, Triton
+and a C compiler, else one line says what is missing and the exit code is 1; so it is where convolutions are not in bf16
+or not channels_last, for then the stand-in for the GPU has failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
@@ -229,7 +228,7 @@ def roofline_note(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.generated", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet18", help="a network of fastafd.models, or torchvision:NAME")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
@@ -248,31 +247,43 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON")
     args = parser.parse_args()
     try:
-        cuda_runtime.load()
-        import torch
+        cuda_runtime.load()  # before the first import of torch
+        missing = ""
+    except (RuntimeError, ImportError) as error:
+        missing = str(error)
+    from fastafd.cli import run_script
+
+    run_script(lambda: show(args, missing))
+
+
+def show(args: argparse.Namespace, missing: str) -> int:
+    """Record the steps, print and write what was found. RunError if something is missing or the stand-in has failed."""
+    from fastafd.settings import RunError
+
+    if missing:
+        raise RunError(missing)
+    try:
         import triton
 
-        from fastafd.settings import UsageError
+        chosen = methods(args.method, args.all)
+        rows = [
+            recorded(args.arch, config, args.batch, args.side, args.classes, arm)[0]
+            for config in chosen
+            for arm in args.arms
+        ]
     except (RuntimeError, ImportError) as error:
-        print(f"benchmarks.generated: {error}", file=sys.stderr)
-        return 1
-    try:
-        rows = []
-        for config in methods(args.method, args.all):
-            for arm in args.arms:
-                rows.append(recorded(args.arch, config, args.batch, args.side, args.classes, arm)[0])
-    except (RuntimeError, UsageError) as error:
-        print(f"benchmarks.generated: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 1
+        raise RunError(str(error).strip().splitlines()[0]) from error
+    import torch
+
+    from benchmarks.clock import save
+
     result: dict[str, Any] = {"arch": args.arch, "batch": args.batch, "side": args.side, "classes": args.classes}
     result |= {"torch": torch.__version__, "triton": triton.__version__, "date": str(date.today()), "rows": rows}
-    text = json.dumps(result, indent=1) + "\n"
     if args.out:
-        args.out.write_text(text)
-    output = text if args.json else "\n".join([roofline_table(rows), "", roofline_note(result), *map(details, rows)])
-    from fastafd.console import run as run_command  # not at the top: the stand-in must be loaded before torch
-
-    run_command(lambda: print(output) or 0)
+        save(result, args.out)
+    tables = "\n".join([roofline_table(rows), "", roofline_note(result), *map(details, rows)])
+    print(json.dumps(result, indent=1) if args.json else tables)
+    return 0
 
 
 def methods(name: str, every: bool) -> list[Any]:
@@ -293,4 +304,4 @@ def methods(name: str, every: bool) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

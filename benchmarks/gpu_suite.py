@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.parts import ROOT, Part, arguments, python, run
+from fastafd.data import load_dataset
 
 
 def parts(out: Path, device: str, tiny: bool, data_dir: Path | None = None) -> list[Part]:
@@ -58,11 +59,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10: whole epochs of it as well")
     args = parser.parse_args(argv)
     out = args.out.resolve()
+    if args.data_dir is not None:
+        load_dataset("cifar10", args.data_dir)  # so that a wrong folder ends the run now, not after minutes
     out.mkdir(parents=True, exist_ok=True)
     return run(parts(out, args.device, args.tiny, args.data_dir), args.budget, out)
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

@@ -4,8 +4,8 @@
 
 Runs the launchers on empty tensors of every type and of a grid of sizes, notes every launch, compiles all of them with
 Triton ahead of time for four chips, and reads the report of ptxas. Prints a table of the worst variant of each kernel
-and writes every build to FILE (default: benchmarks/results/kernel-builds-triton-VERSION.json). The exit code is 1 if a
-build spills or needs more shared memory than its chip has.
+and writes every build to FILE (default: benchmarks/measured/triton-VERSION/kernel-builds.json, which git ignores). The
+exit code is 1 if a build spills or needs more shared memory than its chip has.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from benchmarks.clock import result_file
+from fastafd.files import save_text
 
 # Shared memory that a block may have, in bytes: CUDA C++ Programming Guide, "Technical specifications per compute
 # capability".
@@ -220,7 +223,7 @@ def complaints(builds: list[Build]) -> list[str]:
 def main() -> int:
     import triton
 
-    default = Path(__file__).parent / "results" / f"kernel-builds-triton-{triton.__version__}.json"
+    default = result_file("kernel-builds", f"triton-{triton.__version__}")
     parser = argparse.ArgumentParser(prog="benchmarks.kernel_builds", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")
     out = parser.parse_args().out
@@ -232,7 +235,7 @@ def main() -> int:
     result = {"triton": triton.__version__, "date": str(date.today()), "rows": [asdict(built) for built in builds]}
     lines = ",\n".join(json.dumps(row) for row in result["rows"])  # a line each, so that diffs are readable
     head = json.dumps({name: value for name, value in result.items() if name != "rows"})
-    out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
+    save_text(out, f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     problems = complaints(builds)
     print("\n".join([builds_table(result["rows"]), "", builds_note(result), *problems]))
     print(f"{len(problems)} complaints; every build is in {out}")
@@ -240,6 +243,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(main)
+    run_script(main)

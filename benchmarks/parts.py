@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import device_name
+from fastafd.cli import BUG
 from fastafd.device import resolve_device
 from fastafd.files import save_text
 
@@ -35,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST = 5  # seconds of budget that must be left to start a part
 KEPT = 200 * 1024  # bytes that are kept of the end of each log
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-ASIDE = re.compile(r"all of it in |[IW]\d{4} \d\d:|\W*$")  # lines about result files, PyTorch's log, ornaments
+# Lines that do not say what happened: about result files, PyTorch's log, the line below a traceback, ornaments
+ASIDE = re.compile(rf"all of it in |[IW]\d{{4}} \d\d:|{re.escape(BUG)}|\W*$")
 
 
 class NotNow(Exception):

@@ -194,6 +194,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(main)
+    run_script(main)

@@ -2,14 +2,14 @@
 
     python -m benchmarks.profile_step [--arch resnet18] [--batch 128] [--device auto] [--out FILE]
 
-On CUDA the device time of every kernel of a step, on a CPU the time of every operation, largest first; FILE is by
-default benchmarks/results/profile-DEVICE.json. Batches are random pixels; the arithmetic is that of a run.
+On CUDA the device time of every kernel of a step, on a CPU the time of every operation, largest first. Batches are
+random pixels; the arithmetic is that of a run. FILE is by default benchmarks/measured/DEVICE/profile.json, which git
+ignores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.clock import device_name, result_file, wait
+from benchmarks.clock import device_name, result_file, save, wait
 from benchmarks.forms import our_step, random_batches
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.models import build_model
 from fastafd.training.graphs import WARM_UPS
 
-HERE = Path(__file__).parent
 STEPS, SHOWN = 3, 25  # profiled steps, lines of the table
 
 
@@ -86,12 +85,12 @@ def main() -> int:
     rows = [row for engine in ("reference", "fast") for row in rows_of(engine, args.arch, args.batch, device)]
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "date": str(date.today())}
     result |= {"arch": args.arch, "batch": args.batch, "rows": rows}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, out)
     print(f"{profile_table(rows)}\n\n{profile_note(result)}\nall of it in {out}")
     return 0
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(main)
+    run_script(main)

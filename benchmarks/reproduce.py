@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks import gpu_suite, table
 from benchmarks.parts import ROOT, NotNow, Part, arguments, earlier, python, run
 from fastafd.checkpoint import load_model_about
+from fastafd.data import load_dataset
 from fastafd.files import as_json, save_text
 from fastafd.reporting.runs import Run
 
@@ -147,14 +148,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, as fastafd.train takes it")
     args = parser.parse_args(argv)
     out = args.out.resolve()
+    data_dir = args.data_dir.expanduser().resolve()
+    load_dataset("cifar10", data_dir)  # so that a wrong folder ends the run now, not after minutes
     out.mkdir(parents=True, exist_ok=True)
-    chosen = parts(out, args.device, args.tiny, args.data_dir.expanduser().resolve())
+    chosen = parts(out, args.device, args.tiny, data_dir)
     code = run(chosen, args.budget, out, after=lambda: collect(out))
     print(f"\n{table.reproduced([out])}")
     return code
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

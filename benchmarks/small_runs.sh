@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# The small runs of the README, on a CPU: bash benchmarks/small_runs.sh TREES
+# The small runs of the README, on a CPU: bash benchmarks/small_runs.sh TREES [RESULTS]
 # TREES/1000 and TREES/640 are CIFAR-10 image trees: the first 1000 (640) training images of each class, all test images.
 # Each run takes one core half an hour to an hour; the two halves can share a machine (THREADS=1).
+# RESULTS gets the JSON files: benchmarks/measured/cpu, which git ignores, or for new pages benchmarks/results.
 set -euo pipefail
+trees=$(realpath "$1")
+results=$(realpath -m "${2:-$(dirname "$0")/measured/cpu}")
 cd "$(dirname "$0")/.."
-trees=$1
+mkdir -p "$results"
 export OMP_NUM_THREADS=${THREADS:-1}
 run=".venv/bin/python -m fastafd.train --dataset cifar10 --batch-size 64 --attack.steps 5 --attack.step-size 2/255"
 off="--alpha 0 --beta 0 --gamma 0 --classifier-alpha 0" # neither disentanglement nor alignment
@@ -27,6 +30,7 @@ example=$(.venv/bin/python -c 'from fastafd.training.natural import example_weig
     --attack pgd20 --n 1000 --json >runs/resnet18-natural.json
 
 for name in resnet8-afd resnet8-off resnet18-afd resnet18-off; do
-    cp "runs/$name/result.json" "benchmarks/results/small-$name.json"
+    cp "runs/$name/result.json" "$results/small-$name.json"
 done
-cp runs/resnet18-natural.json benchmarks/results/small-resnet18-natural.json
+cp runs/resnet18-natural.json "$results/small-resnet18-natural.json"
+echo "all of it in $results"

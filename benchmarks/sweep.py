@@ -164,6 +164,6 @@ def run(module: str, arguments: list[Any], name: str) -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

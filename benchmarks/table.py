@@ -19,7 +19,7 @@ from typing import Any
 
 from fastafd.reporting.markdown import markdown_table
 from fastafd.reporting.paper import ACCURACY, PRETRAINED
-from fastafd.settings import ATTACK_NAMES
+from fastafd.settings import ATTACK_NAMES, UsageError
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = [  # file, model in it, name of the row
@@ -149,9 +149,15 @@ def beside(measured: dict[str, Any] | None, of_paper: float | None) -> str:
 
 
 def natural(runs: Path) -> str:
-    """Clean and PGD-20 accuracy of the natural models in folders natural-ENGINE-SEED, as JSON."""
+    """Clean and PGD-20 accuracy of the natural models in folders natural-ENGINE-SEED, as JSON.
+
+    UsageError if there are none.
+    """
     rows = []
-    for folder in sorted(runs.glob("natural-*-*")):
+    folders = sorted(file.parent for file in runs.glob("natural-*-*/evaluation-pgd20.json"))
+    if not folders:
+        raise UsageError(f"runs: {runs} has no natural-ENGINE-SEED/evaluation-pgd20.json (benchmarks/engines.sh)")
+    for folder in folders:
         result = json.loads((folder / "evaluation-pgd20.json").read_text())
         _, engine, seed = folder.name.split("-")
         figures = {attack: result[attack]["accuracy"] for attack in ("clean", "pgd20")}
@@ -176,6 +182,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(main)
+    run_script(main)

@@ -5,7 +5,8 @@
 
 Runs without a fault differ in the seed of weights, batches and attack's starts; networks and types of arithmetic take
 turns. Each fault of `benchmarks.faults` is planted once in each type; it counts as found where the certificate fails in
-the group where it stands. FILE is by default benchmarks/results/verify-rates-cpu.json, or verify-rates-faults-cpu.json.
+the group where it stands. FILE is by default benchmarks/measured/DEVICE/verify-rates.json, or verify-rates-faults.json;
+git ignores both.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.clock import device_name
+from benchmarks.clock import device_name, result_file
 from benchmarks.faults import FAULTS
 from fastafd import verify
+from fastafd.device import resolve_device
 from fastafd.files import as_json, save_text
 from fastafd.settings import RunError
-
-HERE = Path(__file__).parent
 
 
 def certificate(*flags: object) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     began, rows = time.monotonic(), []
-    out = args.out or HERE / "results" / f"verify-rates{'-faults' if args.faults else ''}-cpu.json"
-    device = verify.resolve_device(args.device)
+    device = resolve_device(args.device)
+    out = args.out or result_file(f"verify-rates{'-faults' if args.faults else ''}", device)
     torch.set_num_threads(1)
     size = ["--batch-size", args.batch_size] if args.batch_size else []
     size += ["--comparisons", args.comparisons] if args.comparisons else []
@@ -169,6 +169,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from fastafd.console import run as run_command
+    from fastafd.cli import run_script
 
-    run_command(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 jsonargparse reads the flags and the file. The parser of each field checks its value and words the error message.
 The order of precedence, later ones winning: the defaults (those of the recipe), `--config FILE`, then flags.
+`run` ends a verb, and `run_script` a script of `benchmarks/`, with the same exit codes and lines.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from fastafd.console import end
 from fastafd.device import enough_memory
 from fastafd.files import save_text
 from fastafd.settings import RunError, Stopped, UsageError, pixels, switch
+
+BUG = "error: this is a bug in fastafd, not a mistake of yours; please report it with the lines above"
 
 
 def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
@@ -143,17 +146,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
-    """Run a verb and end the process: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving.
+    """Run a verb and end the process: `run_script`'s exit codes, 0 done and 75 stopped by a signal after saving."""
 
-    Every code but 0 comes with one line on stderr.
-    """
-    try:
+    def verb() -> int:
         _stop_on_signals()
         _refuse_several_processes()
-        with enough_memory(lambda: "Take a smaller --batch-size, or end what else uses it"):
-            main(argv)
+        main(argv)
+        return 0
+
+    run_script(verb, batch="--batch-size")
+
+
+def run_script(main: Callable[[], int], batch: str = "batch") -> NoReturn:
+    """Run a command and end the process with its exit code, or with 1 failed, 2 wrong usage.
+
+    Every exception comes with one line on stderr; a bug also with its traceback. batch: what the user is told to take
+    smaller where memory is full.
+    """
+    try:
+        with enough_memory(lambda: f"Take a smaller {batch}, or end what else uses it"):
+            code = main()
         sys.stdout.flush()  # inside this try, so that a closed pipe causes no traceback
-        code, line = 0, ""
+        line = ""
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except RunError as error:
@@ -166,10 +180,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, line = 1, f"error: {error.filename or 'writing'}: {error.strerror or error}"
     except Exception:
         traceback.print_exc()
-        code, line = (
-            1,
-            "error: this is a bug in fastafd, not a mistake of yours; please report it with the lines above",
-        )
+        code, line = 1, BUG
     if line:
         with suppress(BrokenPipeError):
             print(re.sub(r"\s+", " ", line), file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from rich.console import Console as RichConsole
@@ -23,16 +23,6 @@ def end(code: int) -> NoReturn:
         except BrokenPipeError:  # Python would flush once more at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
-
-
-def run(main: Callable[[], int]) -> NoReturn:
-    """Call a command and end the process with its exit code, or with 1 if its output pipe was closed."""
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 1
-    end(code)
 
 
 class Console:

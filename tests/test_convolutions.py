@@ -77,7 +77,7 @@ def test_table_names_what_failed_and_adds_up(convolutions, monkeypatch, tmp_path
 
     monkeypatch.setattr(convolutions, "shape_forms", some)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back: main sets it
-    monkeypatch.setattr(convolutions, "limits", lambda device, dtype, rounds: (1e12, 1e10))
+    monkeypatch.setattr(convolutions, "limits", lambda device, dtype, rounds: (1e12, "a product", 1e10))
     out = tmp_path / "found.json"
     small = ["--arch", "resnet8_half", "--device", "cpu", "--batch", "2", "--rounds", "1", "--out", str(out)]
     assert convolutions.main(small) == 0

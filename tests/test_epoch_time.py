@@ -78,11 +78,11 @@ def test_rows_and_table():
     measured = {"first_call_s": 1.0, "peak_bytes": 2**30}
     forms = {"paper-style": {"step_s": [0.2, 0.4]}, "fast": {"step_s": [0.1, 0.2]}}
     samples = {name: measured | steps for name, steps in forms.items()}
-    paper, fast = epoch_time.rows_of("resnet18", "natural", samples, 128, product=1e15)
+    paper, fast = epoch_time.rows_of("resnet18", "natural", samples, 128, peak=1e15)
     assert paper["epoch_s"] == pytest.approx(0.3 * 390) and fast["times_paper_style"] == pytest.approx(2.0)
     assert fast["images_s"] == pytest.approx(128 / 0.15)
     lines = epoch_tables.epoch_table(
-        {"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3"}
+        {"rows": [paper, fast], "whole": [], "device": "NVIDIA H100 80GB HBM3", "peak_tflops": 1000.0}
     ).splitlines()
     assert lines[0].count("|") == lines[3].count("|") and "| fast | 58.50 | 39.00 to 78.00 | 2.00 |" in lines[3]
     assert any("Table 5" in line and "| 46 |" in line for line in lines) and any("roofline" in line for line in lines)

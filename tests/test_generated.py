@@ -161,14 +161,13 @@ def test_without_a_compiler_it_says_so(tmp_path):
     done = run("-m", "benchmarks.generated", PATH=str(tmp_path), CC="cc")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
-        "benchmarks.generated: no C compiler on Linux here (CC, cc, gcc or clang):"
-        " it makes a stand-in for the CUDA runtime\n"
+        "error: no C compiler on Linux here (CC, cc, gcc or clang): it makes a stand-in for the CUDA runtime\n"
     )
 
 
 @needs_cuda_build
 def test_a_method_without_a_fast_engine_says_so():
     done = run("-m", "benchmarks.generated", "--method", "atas")
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     reason = "method: atas has no code of the fast engine: it keeps a perturbation of every image"
-    assert done.stderr == f"benchmarks.generated: {reason}\n"
+    assert done.stderr == f"error: {reason}\n"

@@ -191,7 +191,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(what, closed):
     code = """
 import sys
 from fastafd import cli
-from fastafd.console import Console, run
+from fastafd.console import Console
 from fastafd.settings import UsageError
 def main(argv):
     if argv[0] == "lines":
@@ -204,7 +204,7 @@ def main(argv):
         raise UsageError("a mistake")
 sys.stdin.read()
 if sys.argv[1] == "command":
-    run(lambda: print("a line") or 0)
+    cli.run_script(lambda: print("a line") or 0)
 cli.run(main, sys.argv[1:])
 """
     stderr = subprocess.STDOUT if closed == "both" else subprocess.PIPE
