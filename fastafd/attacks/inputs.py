@@ -33,7 +33,7 @@ def check_images(x: object, *, values: bool = True) -> None:
     if low != low or high != high:
         raise UsageError(f"x: got NaN in {int(x.isnan().flatten(1).any(1).sum())} of {len(x)} images, takes [0,1]")
     if low < -TOLERANCE or high > 1 + TOLERANCE:
-        hint = "divide by 255" if low >= 0 and high <= 255 else "normalisation belongs inside the model"
+        hint = "divide by 255" if low >= 0 and 16 < high <= 255 else "normalisation belongs inside the model"
         raise UsageError(f"x: got pixels from {low:.3g} to {high:.3g}, takes [0,1]; {hint}")
 
 
