@@ -93,6 +93,7 @@ NOT_LISTED = (
     "device",
     "amp",
     "engine",
+    "threads",
     "seed",
     "out",
     "log_every",

@@ -71,7 +71,9 @@ def write_page(
     tables: (title, tables below it). figures: PNG files; if an SVG file of the same name lies beside one, it is shown
     instead.
     """
-    title = f"{runs[0].label} on {runs[0].dataset}" if len(runs) == 1 else f"{len(runs)} runs"
+    title = f"{len(runs)} runs"
+    if len(runs) == 1:
+        title = f"{runs[0].label} on {runs[0].dataset}, eps {runs[0].trained['eps']}"
     inner = "".join(f"<h3>{escape(heading)}</h3>{tables_html(below)}" for heading, below in tables)
     sections = [("tables", "Tables", inner)] if tables else []
     if figures:
