@@ -109,7 +109,7 @@ REFUSED = {  # the network, what the message says
     "a dict": (lambda kind: kind(lambda s, f: {"logits": s.fc(f)}, fc=fc()), "dict of 1"),
     "the sum of two heads": (lambda kind: kind(lambda s, f: s.a(f) + s.b(f), a=fc(), b=fc()), r"[ab]\b"),
     "an output of its own in train mode": (
-        lambda kind: kind(lambda s, f: (s.fc(f), f) if s.training else s.fc(f), fc=fc()), "tuple of 2"),
+        lambda kind: kind(lambda s, f: (s.fc(f), f) if s.training else s.fc(f), fc=fc()), "in train mode.*tuple of 2"),
     "another layer in train mode": (
         lambda kind: kind(lambda s, f: s.a(f) if s.training else s.b(f), a=fc(), b=fc()), "train mode"),
     "the functional form": (lambda kind: kind(lambda s, f: F.linear(f, s.fc.weight), fc=fc()), "linear|nn.Linear"),

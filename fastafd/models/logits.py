@@ -88,8 +88,8 @@ def find_logits_layer(net: nn.Module, name: str | None = None, example: Tensor |
         linears = ", ".join(key for key, layer in layers.items() if isinstance(layer, nn.Linear)) or "none"
         got = f"a {type(layers[name]).__name__}" if name in layers else "no layer of that name"
         raise ValueError(f"classifier: {name!r} is {got}; the nn.Linear layers of {type(net).__name__}: {linears}")
-    traces = [trace(net, training) for training in (False, True)]
-    results = [traced_layer(net, graph) for graph in traces if graph is not None]
+    traces = {training: trace(net, training) for training in (False, True)}
+    results = [traced_layer(net, graph, training) for training, graph in traces.items() if graph is not None]
     if len(results) < 2 and example is not None:
         results = [layer_by_run(net, example, training) for training in (False, True)]
     if not results:
@@ -165,12 +165,13 @@ def trace(net: nn.Module, training: bool) -> fx.Graph | None:
         return None
 
 
-def traced_layer(net: nn.Module, graph: fx.Graph) -> LogitsLayer:
+def traced_layer(net: nn.Module, graph: fx.Graph, training: bool) -> LogitsLayer:
     """The layer whose call is the graph's output. ValueError for a graph that ends differently."""
+    mode = "train" if training else "eval"
     layers = dict(net.named_modules())
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(output, fx.Node):
-        raise refusal(net, returns(output))
+        raise refusal(net, f"in {mode} mode {returns(output)}")
     node, log_softmax, alone = output, False, len(output.users) == 1
     while _is_identity(node, layers) or _is_log_softmax(node, layers):
         log_softmax |= _is_log_softmax(node, layers)
@@ -180,13 +181,13 @@ def traced_layer(net: nn.Module, graph: fx.Graph) -> LogitsLayer:
     before = next((n for n in reversed(graph.nodes) if _calls_linear(n, layers) and _leads_to(n, node)), None)
     if not isinstance(layer, nn.Linear):
         behind = "" if before is None else f"; the last nn.Linear before it is {before.target}"
-        raise refusal(net, f"its output comes from {described(node, layers)}{behind}")
+        raise refusal(net, f"in {mode} mode its output comes from {described(node, layers)}{behind}")
     name = str(node.target)
     if type(layer).forward is not nn.Linear.forward:
         raise refusal(net, f"{name} ({type(layer).__name__}) has a forward of its own")
     calls = sum(n.op == "call_module" and layers.get(str(n.target)) is layer for n in graph.nodes)
     if calls > 1:
-        raise refusal(net, f"{name} is called {calls} times")
+        raise refusal(net, f"in {mode} mode {name} is called {calls} times")
     if any(n.op == "get_attr" and str(n.target).startswith(f"{name}.") for n in graph.nodes):
         raise refusal(net, f"the weight of {name} is also read elsewhere in the forward")
     # What torch.fx does not see: hooks of the modules around the layer, and changes of the output in place.
@@ -263,17 +264,18 @@ def layer_by_run(net: nn.Module, example: Tensor, training: bool) -> LogitsLayer
     x = on_device(example, shadow)
     with same_draws(), torch.no_grad():
         output = shadow(torch.cat([x, x]) if training else x)  # BatchNorm in train mode needs two images
+    mode = "train" if training else "eval"
     if not isinstance(output, Tensor):
-        raise refusal(net, returns(output))
+        raise refusal(net, f"in {mode} mode {returns(output)}")
     made = {name: [result for _, result in results] for name, results in calls.items()}
     names = [name for name, results in made.items() if any(result is output for result in results)]
     logs = [name for name, results in made.items() if any(_log_softmax_is(result, output) for result in results)]
     if not names + logs:
         last = f"; the nn.Linear called last is {list(calls)[-1]}" if calls else ""
-        raise refusal(net, f"its output is not that of an nn.Linear{last}")
+        raise refusal(net, f"in {mode} mode its output is not that of an nn.Linear{last}")
     name = (names + logs)[0]
     if len(calls[name]) > 1:
-        raise refusal(net, f"{name} is called {len(calls[name])} times")
+        raise refusal(net, f"in {mode} mode {name} is called {len(calls[name])} times")
     if len(calls[name][0][0]) != 2:
         raise refusal(net, f"the input of {name} is {tuple(calls[name][0][0])}, takes features (B,D)")
     return LogitsLayer(name, not names, proven=False)  # `check_split` proves it, with other weights too
