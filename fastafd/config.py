@@ -22,6 +22,9 @@ class Task:
     image_size: int | None = setting(
         None, "side in pixels that an image folder or digits are resized to", optional(number(8, 1024, whole=True))
     )
+    skip_bad_images: bool = setting(
+        False, "leave out image files that cannot be decoded or have another size, and list them", switch
+    )
     normalize: str = setting("none", "normalisation layer inside the model: none, cifar10, cifar100 or imagenet", text)
     loader: str = setting("ffcv", "loader of the batches", choice("ffcv", "resident", "torch"))
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", text)

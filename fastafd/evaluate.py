@@ -51,6 +51,9 @@ class EvaluateConfig:
         "side in pixels that an image folder or digits are resized to; default: that of the run",
         optional(number(8, 1024, True)),
     )
+    skip_bad_images: bool | None = setting(
+        None, "leave out image files that cannot be decoded, and list them; default: as the run", optional(switch)
+    )
     attack: str = setting("pgd20", "clean, pgd20 (and clean) or autoattack (and both)", choice(*ATTACKS))
     n: int | None = setting(
         None, "number of test images, a seeded class-balanced draw; default all", optional(number(1, whole=True))
@@ -94,7 +97,9 @@ def main(argv: list[str]) -> None:
     if about.get("dataset") == dataset_name == "digits":  # whose images have any of several sizes
         of_dataset = {"image_size": about.get("image_size")} | of_dataset
     image_size = config.image_size or of_dataset.get("image_size")
-    dataset = load_dataset(dataset_name, config.data_dir or Path(of_dataset.get("data_dir", "data")), image_size)
+    data_dir = config.data_dir or Path(of_dataset.get("data_dir", "data"))
+    skip = of_dataset.get("skip_bad_images", False) if config.skip_bad_images is None else config.skip_bad_images
+    dataset = load_dataset(dataset_name, data_dir, image_size, skip_bad_images=skip)
     if weights is not None:
         check_classes(weights, dataset.classes)
         net = build_model(str(config.arch), len(dataset.classes), normalize)

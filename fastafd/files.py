@@ -7,6 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fastafd.settings import RunError
@@ -25,7 +26,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(f"{path}: cannot be written: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not exist
+            temporary.unlink(missing_ok=True)
 
 
 def as_json(value: object) -> str:
@@ -35,5 +37,5 @@ def as_json(value: object) -> str:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a text file with `write_atomic`."""
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    """Write a text file in UTF-8 with `write_atomic`. File names of another encoding keep their bytes."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogateescape"))

@@ -20,7 +20,12 @@ from fastafd.training.natural import folder_of, fresh_model, pretrain
 def main(argv: list[str]) -> None:
     config = cli.parse(PretrainConfig(), argv, prog="fastafd.pretrain", about=__doc__)
     console = Console()
-    dataset = load_dataset(config.task.dataset, config.task.data_dir, config.task.image_size)
+    dataset = load_dataset(
+        config.task.dataset,
+        config.task.data_dir,
+        config.task.image_size,
+        skip_bad_images=config.task.skip_bad_images,
+    )
     net = fresh_model(config.task, dataset).to(resolve_device(config.task.device))
     threads = set_threads(net, dataset.image_size, config.sgd.batch_size, config.task.threads)
     config = replace(config, task=replace(config.task, threads=threads))

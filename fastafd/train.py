@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     # Load the images and the weights that the method starts from. The run folder keeps a copy of these weights, because
     # they are the teacher, after a resume too.
     pretrained = given_weights(config, folder)
-    dataset = load_dataset(task.dataset, task.data_dir, task.image_size)
+    dataset = load_dataset(task.dataset, task.data_dir, task.image_size, skip_bad_images=task.skip_bad_images)
     classes = len(dataset.classes)
     weights = starting_weights(config, folder, pretrained, dataset, console)
     if weights is None:

@@ -116,11 +116,11 @@ def test_cifar10_tree_has_the_canonical_class_order(cifar10_tree):
 
 def test_the_published_order_wins_over_the_alphabet(tmp_path, digits):
     """A named data set keeps its class order even if it is not alphabetical."""
-    from fastafd.data.sources import read_tree
+    from fastafd.data.sources import Place, read_tree
 
     names = ["zero", "one", "two"]
     save_tree(tmp_path, digits.train.images(), digits.train.labels, names)
-    classes, train, _ = read_tree(tmp_path, names, 32)
+    classes, train, _ = read_tree(Place(tmp_path, 32, download=False, skip_bad=False), names)
     assert list(classes) == names and train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert train.paths[0].startswith("train/zero/")
     assert load_dataset("imagefolder", tmp_path).classes == ("one", "two", "zero")
@@ -220,10 +220,9 @@ def test_the_fingerprint_of_a_tree_follows_its_files(digits_tree):
     assert fingerprint("imagefolder", image_size=24) != fingerprint("imagefolder", image_size=28)
     path = digits_tree / "train" / "0" / "0.png"
     path.touch()
-    second = fingerprint()
-    assert second != first
+    assert fingerprint() == first  # the content counts, not the time
     path.rename(path.with_name("9.png"))
-    assert fingerprint() != second
+    assert fingerprint() != first  # the order of the images has changed
 
 
 # ------------------------------------------------------------------------------------------------- tiny-imagenet
@@ -467,11 +466,3 @@ def test_one_class_is_no_classification(tmp_path):
 def test_digits_ignore_a_tree_of_something_else(tmp_path, digits):
     (tmp_path / "train" / "airplane").mkdir(parents=True)
     assert len(load_dataset("digits", tmp_path).train) == len(digits.train)
-
-
-def test_a_copy_of_a_tree_is_the_same_data_in_other_files(digits_tree, tmp_path):
-    import shutil
-
-    shutil.copytree(digits_tree, tmp_path / "copy", copy_function=shutil.copyfile)
-    first, second = (load_dataset("digits", root).train for root in (digits_tree, tmp_path / "copy"))
-    assert first.identity == second.identity and first.fingerprint != second.fingerprint

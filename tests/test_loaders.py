@@ -398,9 +398,9 @@ def test_a_corrupt_source_image_is_named(digits, tmp_path):
             (tmp_path / part / c).mkdir(parents=True)
             for i in range(2):
                 Image.fromarray(digits.train.images()[i]).save(tmp_path / part / c / f"{i}.png")
-    bad = tmp_path / "train" / "6" / "1.png"
-    bad.write_bytes(b"no image")
     tree = load_dataset("digits", tmp_path)
+    bad = tmp_path / "train" / "6" / "1.png"
+    bad.write_bytes(b"no image")  # after the images were checked
     with pytest.raises(UsageError, match=str(bad)):
         ensure_beton(tree.train, "digits", tmp_path / "cache", print)
     assert not list((tmp_path / "cache").iterdir())

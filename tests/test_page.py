@@ -103,7 +103,7 @@ def test_a_run_from_before_settings_had_dotted_names(tmp_path):
 
 def test_autoattack_by_evaluation_later_is_shown(tmp_path):
     run = make_run(tmp_path / "run")
-    later = {"dataset": "digits", "autoattack": {"accuracy": 0.45, "interval": [0.26, 0.66], "n": 20}}
+    later = {"dataset": "digits", "eps": "8/255", "autoattack": {"accuracy": 0.45, "interval": [0.26, 0.66], "n": 20}}
     (run.folder / "evaluation-autoattack.json").write_text(json.dumps(later))
     assert re.search(
         r"AFD90\.00 \[84\.0, 94\.0\] n=10060\.00.{0,20}n=10045\.00 \[26\.0, 66\.0\] n=20", page_of(tmp_path, [run]).text

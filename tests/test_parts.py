@@ -196,7 +196,7 @@ def finished(folder: Path, pgd20: float, label: str = "AFD") -> None:
     figure = {"n": 4, "correct": 2, "accuracy": pgd20, "interval": [0.1, 0.9]}
     models = {
         "natural": {"clean": figure},
-        label: {"clean": figure, "pgd20": figure},
+        label: {"eps": "8/255", "clean": figure, "pgd20": figure},
         f"{label}, f2": {"clean": figure},
     }
     result = {
@@ -275,7 +275,8 @@ def test_runs_are_collected_and_shown_beside_the_paper(reproduce, monkeypatch, t
 
     folder = tmp_path / "runs" / "afd-released"
     finished(folder, 0.5)
-    attacked = {"dataset": "cifar10", "autoattack": {"n": 4, "correct": 1, "accuracy": 0.25, "interval": [0.05, 0.4]}}
+    of_later = {"n": 4, "correct": 1, "accuracy": 0.25, "interval": [0.05, 0.4]}
+    attacked = {"dataset": "cifar10", "eps": "8/255", "autoattack": of_later}
     (folder / "evaluation-autoattack.json").write_text(json.dumps(attacked))
     (tmp_path / "runs" / "begun").mkdir()
     out = tmp_path / "results" / "a-gpu"

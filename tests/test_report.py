@@ -32,10 +32,11 @@ def write_run(folder: Path, label: str, recipe: str, figures: tuple[float, ...],
     arch, dataset, train = (
         more.get(key, other) for key, other in (("arch", "resnet18"), ("dataset", "cifar10"), ("train", 50_000))
     )
-    attacks = dict(zip(("clean", "pgd20", "autoattack"), map(figure, figures)))
+    eps = {"eps": more.get("eps", "8/255")}
+    attacks = eps | dict(zip(("clean", "pgd20", "autoattack"), map(figure, figures)))
     models = {label: attacks}
     if more.get("begins", "natural") == "natural":
-        models["natural"] = {"clean": figure(more.get("natural", 0.946)), "pgd20": figure(0.0)}
+        models["natural"] = eps | {"clean": figure(more.get("natural", 0.946)), "pgd20": figure(0.0)}
     if label == "AFD":
         models["AFD, f2"] = {"clean": figure(0.4)}
     result = {
@@ -163,16 +164,30 @@ def test_ablation_and_matched_runs_have_rows_of_their_own(tmp_path):
 def test_autoattack_by_evaluation_later_counts(tmp_path):
     folder = write_run(tmp_path / "afd", "AFD", "released", (0.85, 0.52))
     (folder / "evaluation-autoattack.json").write_text(
-        json.dumps({"dataset": "cifar10", "autoattack": figure(0.47, 1000)})
+        json.dumps({"dataset": "cifar10", "eps": "8/255", "autoattack": figure(0.47, 1000)})
     )
     assert row(printed(table1, read_runs([folder])), "AFD")[3].startswith("47.00 [43.9, 50.1] n=1000; paper 47.40")
     whole = write_run(tmp_path / "whole", "AFD", "released", (0.85, 0.52, 0.46))
-    for dataset, n, expected in (("cifar10", 1000, 0.46), ("cifar100", 10_000, 0.46), ("cifar10", 10_000, 0.47)):
+    for dataset, eps, n, expected in (
+        ("cifar10", "8/255", 1000, 0.46),
+        ("cifar100", "8/255", 10_000, 0.46),
+        ("cifar10", "4/255", 10_000, 0.46),
+        ("cifar10", "8/255", 10_000, 0.47),
+    ):
         (whole / "evaluation-autoattack.json").write_text(
-            json.dumps({"dataset": dataset, "autoattack": figure(0.47, n)})
+            json.dumps({"dataset": dataset, "eps": eps, "autoattack": figure(0.47, n)})
         )
         (run,) = read_runs([whole])
         assert run.trained["autoattack"]["accuracy"] == expected  # the one with more images, and the run's own
+
+
+def test_models_attacked_within_another_eps_are_rows_of_their_own(tmp_path):
+    for seed, eps in ((0, "8/255"), (1, "4/255")):
+        write_run(tmp_path / eps[0], "AFD", "released", (0.85, 0.5), eps=eps, seed=seed)
+    lines = printed(results, read_runs([tmp_path])).splitlines()
+    for name in ("Natural", "AFD"):
+        rows = [line for line in lines if line.startswith(f"| {name} |")]
+        assert len(rows) == 2 and all(any(f"eps {eps}" in line for line in rows) for eps in ("4/255", "8/255"))
 
 
 def test_only_seeds_are_averaged(tmp_path):

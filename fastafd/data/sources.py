@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from fastafd.data.splits import ArraySplit, FolderSplit, Split, first_line, read_size
+from fastafd.console import Console
+from fastafd.data.catalogue import examine, first_line
+from fastafd.data.splits import ArraySplit, FolderSplit, Split, unreadable, wrong_size
 from fastafd.settings import UsageError, unknown
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -33,6 +36,7 @@ CIFAR100_CLASSES = tuple(  # the fine labels
 TINY_IMAGENET_CLASSES = 200
 DIGITS_SEED = 0  # of the train/test split; a constant, so that every user has the same test images
 DIGITS_TEST_FRACTION = 0.2
+LISTED = 10  # bad images that are listed by name
 DIGITS_SIZES = (8, 16, 32)  # in pixels; the first is that of the files, the last the default
 
 
@@ -49,14 +53,21 @@ class Dataset:
     test: Split
 
 
-def load_dataset(name: str, data_dir: Path, image_size: int | None = None, download: bool = True) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: Path,
+    image_size: int | None = None,
+    download: bool = True,
+    skip_bad_images: bool = False,
+) -> Dataset:
     """The data set `name` of DATASETS, from `data_dir`: its published layout, or a tree train/<class>,
     test|val/<class>.
 
     Labels follow the published class order in both layouts. image_size: for imagefolder, where the shorter side of each
     image is resized to so many pixels and the centre is cut out, and for digits. download: False never downloads.
-    Raises UsageError for an unknown name, a failed download, a missing, unknown or empty class, and an image that
-    cannot be read or has the wrong size.
+    skip_bad_images: True lists the image files that cannot be decoded or have the wrong size and leaves them out.
+    Raises UsageError for an unknown name, a failed download, a missing, unknown or empty class, and, unless they are
+    skipped, for bad images. All image files are decoded once to find them; the cache remembers what was found.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
@@ -65,7 +76,10 @@ def load_dataset(name: str, data_dir: Path, image_size: int | None = None, downl
         raise UsageError(f"image_size: got {image_size}, takes {source.image_size} for {name} (or leave it out)")
     if image_size is not None and image_size < 1:
         raise UsageError(f"image_size: got {image_size}, takes a number of pixels above 0")
-    classes, train, test = source.load(Path(data_dir).expanduser(), source.image_size or image_size, download)
+    place = Place(Path(data_dir).expanduser(), source.image_size or image_size, download, skip_bad_images)
+    classes, train, test = source.load(place)
+    if skip_bad_images and not isinstance(train, FolderSplit):
+        raise UsageError(f"skip_bad_images: got true, and {name} here has no image files; leave it out")
     train.check_labels(len(classes))
     test.check_labels(len(classes))
     size = train.image_size
@@ -77,10 +91,20 @@ def load_dataset(name: str, data_dir: Path, image_size: int | None = None, downl
 Loaded = tuple[Sequence[str], Split, Split]
 
 
-def load_cifar(classes: tuple[str, ...], data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+class Place(NamedTuple):
+    """What a source is loaded from and how; see `load_dataset`."""
+
+    data_dir: Path
+    image_size: int | None
+    download: bool
+    skip_bad: bool
+
+
+def load_cifar(classes: tuple[str, ...], place: Place) -> Loaded:
     """CIFAR-10 or CIFAR-100 (the number of classes decides), from a folder tree or else through torchvision."""
+    data_dir, download = place.data_dir, place.download
     if (data_dir / "train").is_dir():
-        return read_tree(data_dir, classes, image_size)
+        return read_tree(place, classes)
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if len(classes) == 10 else datasets.CIFAR100
@@ -97,17 +121,18 @@ def load_cifar(classes: tuple[str, ...], data_dir: Path, image_size: int | None,
     return classes, ArraySplit(train.data, train.targets), ArraySplit(test.data, test.targets)
 
 
-def load_tiny_imagenet(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+def load_tiny_imagenet(place: Place) -> Loaded:
     """Tiny-ImageNet as Stanford ships it, or a folder tree; wnids.txt names the classes if it exists."""
-    inner = data_dir / "tiny-imagenet-200"
+    data_dir, inner = place.data_dir, place.data_dir / "tiny-imagenet-200"
     root = inner if inner.is_dir() else data_dir
+    place = place._replace(data_dir=root)
     if not (root / "train").is_dir():
         raise UsageError(
             f"data_dir: neither {data_dir} nor {inner} has a folder train; unpack tiny-imagenet-200.zip "
             "(http://cs231n.stanford.edu/tiny-imagenet-200.zip) there"
         )
     wnids = root / "wnids.txt"
-    classes = sorted(set(wnids.read_text().split())) if wnids.is_file() else folder_names(root / "train")
+    classes = sorted(set(read_names(wnids).split())) if wnids.is_file() else folder_names(root / "train")
     if not wnids.is_file() and len(classes) != TINY_IMAGENET_CLASSES:
         raise UsageError(
             f"data_dir: {root}/train has {len(classes)} class folders, takes {TINY_IMAGENET_CLASSES} "
@@ -115,32 +140,36 @@ def load_tiny_imagenet(data_dir: Path, image_size: int | None, download: bool) -
         )
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        return read_tree(root, classes, image_size)
+        return read_tree(place, classes)
     train = read_classes(root, "train", classes)
     test = read_annotations(root, annotations, classes)
-    return classes, *folder_splits(root, classes, train, test, image_size, resize=False)
+    return classes, *folder_splits(place, classes, train, test, resize=False)
 
 
-def load_imagefolder(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+def load_imagefolder(place: Place) -> Loaded:
     """Any tree train/<class>, test|val/<class>; classes are sorted by name."""
+    data_dir = place.data_dir
     if not (data_dir / "train").is_dir():
         raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
     classes = folder_names(data_dir / "train")
     if len(classes) == 1:
         raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({classes[0]}), takes two or more")
-    return read_tree(data_dir, classes, image_size, resize=image_size is not None)
+    return read_tree(place, classes, resize=place.image_size is not None)
 
 
-def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loaded:
+def load_digits(place: Place) -> Loaded:
     """scikit-learn's 8x8 digits as RGB images of a size in DIGITS_SIZES; a fixed draw of 20 % of each class is the test
     split.
     """
+    image_size = place.image_size
     if image_size not in (None, *DIGITS_SIZES):
         raise UsageError(f"image_size: got {image_size}, takes {', '.join(map(str, DIGITS_SIZES))} for digits")
     image_size = image_size or DIGITS_SIZES[-1]
+    place = place._replace(image_size=image_size)
     classes = tuple("0123456789")
-    if (data_dir / "train").is_dir() and set(classes) & set(folder_names(data_dir / "train")):
-        return read_tree(data_dir, classes, image_size)  # only a tree of digits, not any tree in the default folder
+    train_folder = place.data_dir / "train"
+    if train_folder.is_dir() and set(classes) & set(folder_names(train_folder)):
+        return read_tree(place, classes)  # only a tree of digits, not any tree in the default folder
     import torch
 
     try:
@@ -170,7 +199,7 @@ def load_digits(data_dir: Path, image_size: int | None, download: bool) -> Loade
 class Source:
     """How a named data set is loaded. image_size: in pixels; None takes that of the images. flip: see `Dataset`."""
 
-    load: Callable[[Path, int | None, bool], Loaded]
+    load: Callable[[Place], Loaded]
     image_size: int | None
     flip: bool = True
 
@@ -191,15 +220,16 @@ DATASETS = MappingProxyType(
 Members = tuple[list[str], list[int]]  # paths relative to the root, labels
 
 
-def read_tree(root: Path, classes: Sequence[str], image_size: int | None, resize: bool = False) -> Loaded:
+def read_tree(place: Place, classes: Sequence[str], resize: bool = False) -> Loaded:
     """The splits of a tree train/<class>, test|val/<class>; labels follow the order of `classes`."""
+    root = place.data_dir
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not tests:
         raise UsageError(f"data_dir: {root} has no folder test or val beside train")
     # ImageNet and Tiny-ImageNet have a test folder of unlabelled images; take the folder that contains classes.
     test = next((name for name in tests if set(classes) & set(folder_names(root / name))), tests[0])
     members = read_classes(root, "train", classes), read_classes(root, test, classes)
-    return classes, *folder_splits(root, classes, *members, image_size, resize)
+    return classes, *folder_splits(place, classes, *members, resize)
 
 
 def read_classes(root: Path, part: str, classes: Sequence[str]) -> Members:
@@ -231,7 +261,7 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_names(annotations).splitlines(), start=1):
         if not line.strip():
             continue
         file, wnid, *_ = [*line.split("\t"), ""]
@@ -249,27 +279,62 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
 
 
 def folder_splits(
-    root: Path, classes: Sequence[str], train: Members, test: Members, image_size: int | None, resize: bool
+    place: Place, classes: Sequence[str], train: Members, test: Members, resize: bool
 ) -> tuple[FolderSplit, FolderSplit]:
-    """Two splits of the same image size: image_size, or that of the first training image, which must be square."""
+    """Two splits of the same image size: that of the place, or of the first training image, which must be square.
+
+    All images are decoded now, once, so that a bad one ends the run before the training.
+    """
+    root, image_size = place.data_dir, place.image_size
+    paths = train[0] + test[0]
+    facts = examine(root, paths)
     if image_size is None:
-        width, height = read_size(root / train[0][0])
+        first = next((index for index, fact in enumerate(facts) if not fact.fault), 0)
+        width, height = facts[first].width, facts[first].height
         if width != height:
             raise UsageError(
-                f"data_dir: {root / train[0][0]} is {width}x{height} pixels, takes square images; "
+                f"data_dir: {root / paths[first]} is {width}x{height} pixels, takes square images; "
                 "--image-size N resizes and crops"
             )
         image_size = width
-    splits = (
-        FolderSplit(root, *train, classes, image_size, resize),
-        FolderSplit(root, *test, classes, image_size, resize),
-    )
-    for split in splits:
-        # Open one image of each class now, so that a tree of the wrong size fails before the training. All other images
-        # are checked when they are decoded.
-        for i in np.unique(split.labels, return_index=True)[1]:
-            split.image(i)
-    return splits
+    faults = {}
+    for path, fact in zip(paths, facts, strict=True):
+        if fact.fault:
+            faults[path] = unreadable(root / path, fact.fault)
+        elif not resize and (fact.width, fact.height) != (image_size, image_size):
+            faults[path] = wrong_size(root / path, fact.width, fact.height, image_size)
+    if faults and not place.skip_bad:
+        others = and_more([*faults])
+        raise UsageError(f"data_dir: {next(iter(faults.values()))}{others}; --skip-bad-images true leaves bad ones out")
+    if faults:
+        list_faults(faults)
+    parts = []
+    for members, of_part in ((train, facts[: len(train[0])]), (test, facts[len(train[0]) :])):
+        rows = [
+            (path, label, fact.content)
+            for path, label, fact in zip(*members, of_part, strict=True)
+            if path not in faults
+        ]
+        emptied = sorted(set(members[1]) - {label for _, label, _ in rows})
+        if emptied:
+            raise UsageError(f"data_dir: all images of the class {classes[emptied[0]]!r} are bad{and_more(emptied)}")
+        files, labels, contents = zip(*rows, strict=True)
+        parts.append(FolderSplit(root, files, labels, contents, classes, image_size, resize))
+    return parts[0], parts[1]
+
+
+def list_faults(faults: dict[str, str]) -> None:
+    """Write a line for each of the first bad images, and how many there are."""
+    console = Console()
+    for fault in [*faults.values()][:LISTED]:
+        console.line(f"left out: {fault}")
+    more = f", of which {LISTED} are listed" if len(faults) > LISTED else ""
+    console.line(f"{len(faults)} bad images are left out{more}")
+
+
+def read_names(file: Path) -> str:
+    """A text file of names; those that are not UTF-8 stay the names of their files."""
+    return file.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def folder_names(folder: Path) -> list[str]:
@@ -278,12 +343,28 @@ def folder_names(folder: Path) -> list[str]:
 
 
 def image_files(root: Path, folder: Path) -> list[str]:
-    """The image files at any depth below `folder`, as sorted paths relative to `root`; hidden files do not count."""
+    """The image files at any depth below `folder`, as sorted paths relative to `root`; hidden files do not count.
+
+    Links to folders are followed, each folder once, so a loop of links ends.
+    """
     paths = []
-    for base, _, files in os.walk(folder, followlinks=True):
+    visited = {inode(parent) for parent in (root, folder.parent)}
+    for base, folders, files in os.walk(folder, followlinks=True):
+        here = inode(base)
+        if here in visited:
+            folders.clear()
+            continue
+        visited.add(here)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))  # links come last
         place = Path(base).relative_to(root).as_posix()
         paths += [f"{place}/{f}" for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return sorted(paths)
+
+
+def inode(folder: str | Path) -> tuple[int, int]:
+    """The same for all paths to a folder."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
 
 
 def and_more(items: Sequence[object]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastafd.data.catalogue import DECODING, first_line, open_rgb
 from fastafd.settings import UsageError
 
 
@@ -33,16 +34,11 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hex SHA-256 that changes when the labels, the images or their order change."""
-        raise NotImplementedError
+        """A hex SHA-256 of the labels, the pixels and their order. A copy of the files has the same.
 
-    @property
-    def identity(self) -> str:
-        """Like `fingerprint`, but equal for a copy of the files.
-
-        A run may be resumed with data of the same identity.
+        Caches are named after it, and a run may be resumed with data of the same fingerprint.
         """
-        return self.fingerprint
+        raise NotImplementedError
 
     def check_labels(self, classes: int) -> None:
         """Raise UsageError for the first label outside 0..classes-1."""
@@ -85,15 +81,24 @@ class ArraySplit(Split):
 class FolderSplit(Split):
     """A split that decodes files on demand.
 
-    Resize: True resizes images of another size, False raises an error for them.
+    paths: relative to root, in the order of the labels. contents: the SHA-256 of each file. resize: True resizes images
+    of another size, False raises an error for them.
     """
 
     def __init__(
-        self, root: Path, paths: list[str], labels: Sequence[int], classes: Sequence[str], image_size: int, resize: bool
+        self,
+        root: Path,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        contents: Sequence[bytes],
+        classes: Sequence[str],
+        image_size: int,
+        resize: bool,
     ) -> None:
         self.root = root
-        self.paths = paths  # relative to root, in the order of the labels
+        self.paths = list(paths)
         self.labels = np.asarray(labels, dtype=np.int64)
+        self.contents = list(contents)
         self.classes = tuple(classes)
         self.image_size = image_size
         self.resize = resize
@@ -120,34 +125,10 @@ class FolderSplit(Split):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return self.digest(times=True)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        return self.digest(times=False)
-
-    def digest(self, times: bool) -> str:
-        """SHA-256 of the files' names, labels and sizes, and with `times` of their modification times."""
-        digest = hashlib.sha256(repr((self.classes, self.image_size, self.resize)).encode())
-        for path, label in zip(self.paths, self.labels, strict=True):
-            try:
-                stat = (self.root / path).stat()
-            except OSError as error:
-                raise UsageError(f"data_dir: cannot read {self.root / path} ({error.strerror})") from error
-            changed = f"\0{stat.st_mtime_ns}" if times else ""
-            digest.update(f"{path}\0{label}\0{stat.st_size}{changed}\n".encode())
+        digest = hashlib.sha256(repr((DECODING, self.classes, self.image_size, self.resize)).encode())
+        for label, content in zip(self.labels.tolist(), self.contents, strict=True):
+            digest.update(b"%d\0" % label + content)
         return digest.hexdigest()
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """The width and height of an image in pixels, read from its header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception as error:
-        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
 
 
 def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
@@ -158,20 +139,13 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            mode = file.mode
-            image = file.convert("RGB")
+        image = open_rgb(path)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
-        raise UsageError(f"data_dir: cannot read the image {path} ({first_line(error)})") from error
-    if mode.startswith("I") or mode == "F":  # Pillow would clip their pixels to white
-        raise UsageError(f"data_dir: {path} has pixels of more than 8 bits (mode {mode}), takes 8-bit images")
+        raise UsageError(f"data_dir: {unreadable(path, first_line(error))}") from error
     if image.size == (size, size):
         return np.asarray(image)
     if not resize:
-        raise UsageError(
-            f"data_dir: {path} is {image.width}x{image.height} pixels, takes {size}x{size}"
-            " (--dataset imagefolder with --image-size N resizes and crops)"
-        )
+        raise UsageError(f"data_dir: {wrong_size(path, image.width, image.height, size)}")
     scale = size / min(image.size)
     width, height = (max(size, int(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -179,9 +153,17 @@ def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def unreadable(path: Path, fault: str) -> str:
+    """The sentence about an image that cannot be decoded."""
+    return f"cannot read the image {path} ({fault})"
+
+
+def wrong_size(path: Path, width: int, height: int, size: int) -> str:
+    """The sentence about an image of another size than the data set's."""
+    return (
+        f"{path} is {width}x{height} pixels, takes {size}x{size}"
+        " (--dataset imagefolder with --image-size N resizes and crops)"
+    )
 
 
 def balanced_draw(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,14 +81,15 @@ class Run:
     def trained(self) -> dict[str, Any]:
         """The accuracies of the trained model: {"clean": {"accuracy": …, "interval": …, "n": …}, …}.
 
-        AutoAttack's is the later one of `fastafd.evaluate` if that one attacked at least as many images.
+        AutoAttack's is the later one of `fastafd.evaluate` if that one had the same eps and at least as many images.
         """
         accuracies = self.result["models"][self.result["label"]]
         file = self.folder / "evaluation-autoattack.json"
         if file.exists():
             later = json.loads(file.read_text())
             n = accuracies.get("autoattack", {"n": 0})["n"]
-            if later["dataset"] == self.dataset and later["autoattack"]["n"] >= n:
+            same_task = (later["dataset"], later["eps"]) == (self.dataset, accuracies["eps"])
+            if same_task and later["autoattack"]["n"] >= n:
                 return accuracies | {"autoattack": later["autoattack"]}
         return accuracies
 
@@ -124,6 +126,11 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.dataset, run.arch, run.place, run.seed))
 
 
+def printable(text: str) -> str:
+    """JSON in which each byte of a name that is not UTF-8 is the replacement character, since no font has it."""
+    return re.sub(r"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]", r"\\ufffd", text)
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The finished runs in these folders; each is a run folder or holds run folders. UsageError if there are none."""
     files: dict[Path, Path] = {}
@@ -133,7 +140,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         for file in (path / "result.json", *sorted(path.glob("*/result.json"))):
             if file.exists():
                 files.setdefault(file.resolve(), file)
-    runs = [Run(file.parent, json.loads(file.read_text())) for file in files.values()]
+    runs = [Run(file.parent, json.loads(printable(file.read_text()))) for file in files.values()]
     runs = [run for run in runs if "label" in run.result]  # a version of fastafd before reports wrote none
     if not runs:
         raise UsageError(f"runs: no finished run in {', '.join(map(str, paths))}; a finished run has a result.json")

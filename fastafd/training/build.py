@@ -166,5 +166,5 @@ def run_epochs(
         label=config.method.label,
         log_every=config.log_every,
         save_every=config.save_every,
-        identity=dataset.train.identity,
+        identity=dataset.train.fingerprint,
     )

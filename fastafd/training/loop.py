@@ -238,9 +238,10 @@ def _lines_up_to(path: Path, steps: int) -> list[str]:
 
 
 def _tensorboard(folder: Path, steps: int) -> Any:
-    """A TensorBoard writer, None if TensorBoard cannot be imported."""
+    """A TensorBoard writer; None if TensorBoard cannot be imported, or cannot write there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception:  # not installed, or broken by another protobuf version: no reason to lose a run
+
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)
+    except Exception:  # not installed, broken by another protobuf version, a path that is not UTF-8
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)

@@ -182,7 +182,7 @@ def shaping(config: PretrainConfig, dataset: Dataset) -> str:
         "seed": task.seed,
         "amp": resolve_amp(task.amp, device),
         "engine": resolve_engine(task.engine, device),
-        "data": dataset.train.identity,
+        "data": dataset.train.fingerprint,
         "threads": task.threads,
         "sgd": dataclasses.asdict(config.sgd),
     }
