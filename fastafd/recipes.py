@@ -67,15 +67,15 @@ def released_cifar100() -> TrainConfig:
 def digits() -> TrainConfig:
     """The embedded data set, scikit-learn's digits, with a small ResNet: a minute on one CPU core.
 
-    Within 8/255 a natural model of digits is half robust, so the ball is that of 40/255, where it is not at all.
+    Within 8/255 a natural model of digits is half robust, so the ball is that of 45/255, where it is not at all.
     """
     base = released()
     return replace(
         base,
         recipe="digits",
-        task=replace(base.task, arch="resnet8_half", dataset="digits", image_size=8),
-        attack=replace(AFD_ATTACK, eps=40 / 255, steps=7, step_size=10 / 255),
-        sgd=replace(base.sgd, epochs=24, batch_size=64),
+        task=replace(base.task, arch="resnet8_half", dataset="digits", image_size=8, loader="resident"),
+        attack=replace(AFD_ATTACK, eps=45 / 255, steps=5, step_size=15 / 255),
+        sgd=replace(base.sgd, epochs=26, batch_size=64),
         pretrain=replace(base.pretrain, epochs=20, batch_size=64, lr=0.1),
         log_every=11,
         autoattack_n=50,
