@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.fastafd-setup
 
-.PHONY: setup train test lint docs bundle clean
+.PHONY: setup train test test-all lint docs bundle clean
 
 setup: $(STAMP)
 
@@ -15,12 +15,17 @@ $(STAMP): pyproject.toml constraints.txt setup.sh
 train: $(STAMP)
 	$(BIN)/python -m fastafd.train $(or $(ARGS),--recipe digits)
 
-# Without ARGS everything: also the kernels under Triton's interpreter, which needs processes of its own.
+# Two processes of one thread each: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The tests to run after every change. make test ARGS="tests/test_models.py -k merge" runs some of them, in one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
-ifndef ARGS
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_kernel_numerics.py
-endif
+	$(PYTEST) $(or $(ARGS),-n 2 -m "not slow")
+
+# All of them, as CI does: also the slow ones, and the kernels under Triton's interpreter, which needs its own processes.
+test-all: $(STAMP)
+	$(PYTEST) -n 2 --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 --durations=10 tests/test_kernel_numerics.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

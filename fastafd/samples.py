@@ -21,7 +21,7 @@ from fastafd.data import Split, balanced_draw, to_unit
 from fastafd.device import true_fp32
 from fastafd.evaluation import pgd20
 from fastafd.files import write_atomic
-from fastafd.models import SplitNet, eval_mode
+from fastafd.models import SplitNet, eval_mode, frozen
 
 SHOWN, FEATURES, AT_ONCE = 10, 1000, 250  # images shown, images whose features are kept, images at a time
 
@@ -37,7 +37,7 @@ def save_samples(path: Path, model: SplitNet, test: Split, n: int | None, seed: 
     indices = balanced_draw(test.labels, min(FEATURES, n or FEATURES), seed)
     attack = pgd20(eps)
     batches: dict[str, list[Tensor]] = {name: [] for name in ("before", "f1", "clean", "attacked", "perturbation")}
-    with eval_mode(model):
+    with eval_mode(model), frozen(model):
         for first in range(0, len(indices), AT_ONCE):
             part = indices[first : first + AT_ONCE]
             x = to_unit(torch.from_numpy(test.images(part))).to(device)

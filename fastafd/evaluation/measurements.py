@@ -17,7 +17,7 @@ from fastafd.data import Split, balanced_draw, to_unit
 from fastafd.device import device_of, enough_memory, true_fp32
 from fastafd.evaluation.autoattack import check_classes, run_autoattack
 from fastafd.evaluation.counting import wilson
-from fastafd.models import eval_mode
+from fastafd.models import eval_mode, frozen
 from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths, unknown
 
 EPS = 8 / 255  # the default radius
@@ -70,7 +70,7 @@ def evaluate(
     result: dict[str, Any] = {"eps": in_255ths(eps), "seed": seed}
     drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
     advice = f"Take a smaller --batch-size of fastafd.evaluate than {batch_size}"
-    with eval_mode(model), true_fp32(), enough_memory(lambda: advice):
+    with eval_mode(model), frozen(model), true_fp32(), enough_memory(lambda: advice):
         if "autoattack" in attacks:
             check_classes(model, to_unit(torch.from_numpy(test.images(np.arange(1)))))
         for attack in attacks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.models.disentangle import Disentangled, disentangle
-from fastafd.models.modes import Modes, eval_mode
+from fastafd.models.modes import Modes, eval_mode, frozen
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
 from fastafd.models.split import SplitNet, check_split, split
 from fastafd.models.wideresnet import WideResNet
@@ -28,6 +28,7 @@ __all__ = [
     "check_split",
     "disentangle",
     "eval_mode",
+    "frozen",
     "split",
 ]
 

@@ -1,4 +1,4 @@
-"""Train and eval mode of a whole network, with the layers kept as they were."""
+"""Modes of a whole network for a while: train and eval mode, and frozen weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Require no gradient of any weight, so that the gradient of an input is cheaper; the value is the same."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 class Modes:

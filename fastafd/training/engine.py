@@ -27,7 +27,7 @@ from fastafd.device import AMP, algorithms_by_trial, autocast
 from fastafd.kernels import linf_step
 from fastafd.kernels.operation import references
 from fastafd.methods import Batch, Loss, Method
-from fastafd.models import Disentangled, Modes, SplitNet
+from fastafd.models import Disentangled, Modes, SplitNet, frozen
 from fastafd.settings import cache_dir, unknown
 from fastafd.training.ema import EMA
 
@@ -112,7 +112,7 @@ class Reference:
             self.modes.train()
         else:
             self.model.eval()
-        with autocast(self.device, self.amp):
+        with frozen(self.model), autocast(self.device, self.amp):
             return self.attack.climb(self.attack.ascent(self.model, x, y), x, noise)
 
     def loss(self, batch: Batch) -> Loss:
