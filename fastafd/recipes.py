@@ -75,8 +75,8 @@ def digits() -> TrainConfig:
         recipe="digits",
         task=replace(base.task, arch="resnet8_half", dataset="digits", image_size=8, loader="resident"),
         attack=replace(AFD_ATTACK, eps=45 / 255, steps=5, step_size=15 / 255),
-        sgd=replace(base.sgd, epochs=26, batch_size=64),
-        pretrain=replace(base.pretrain, epochs=20, batch_size=64, lr=0.1),
+        sgd=replace(base.sgd, epochs=20, batch_size=64),
+        pretrain=replace(base.pretrain, epochs=14, batch_size=64, lr=0.1),
         log_every=11,
         autoattack_n=50,
     )

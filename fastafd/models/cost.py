@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastafd.models.modes import eval_mode
 
 # Threads wait for each other at every operation. With few multiplications in a batch that costs more than it saves, and
-# beside other work on the same cores a multiple of it. By benchmarks/threads.py (results/threads-cpu.json, two cores), a
-# second thread lost 3 to 14 per cent up to 0.2e9 multiplications, and gained 48 to 76 per cent from 0.8e9 on.
+# beside other work on the same cores a multiple of it. By benchmarks/threads.py (results/threads-cpu.json, two cores),
+# a second thread lost 3 to 14 per cent up to 0.2e9 multiplications, and gained 48 to 76 per cent from 0.8e9 on.
 WORTH_A_THREAD = 1e9
 
 
