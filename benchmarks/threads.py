@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     out = args.out or result_file("threads", CPU)
     save(result | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}, out)
     print(table(rows))
-    print(f"{device_name(CPU)}, PyTorch {torch.__version__}, medians of {ROUNDS} rounds; written to {out}")
+    print(f"{device_name(CPU)}, PyTorch {torch.__version__}, medians of {ROUNDS} rounds; all of it in {out}")
     return 0
 
 

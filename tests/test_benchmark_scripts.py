@@ -43,6 +43,7 @@ WITH_A_DEFAULT = {  # script: what measures, and what it returns; flags
     "kernel_builds": ("launches", [], ""),
     "kernels": ("measured_rows", [], ""),
     "profile_step": ("rows_of", [], "--device cpu"),
+    "threads": ("measured", dict(arch="a", side=8, batch=4, multiplications=1, one_s=1.0, two_s=1.0), "--quick"),
     "verify_rates": ("false_alarms", [{"arch": "a", "amp": "fp32", "seed": 0}], "--runs 1 --device cpu"),
 }
 
