@@ -47,7 +47,8 @@ WEIGHTS = {
 class Scale:
     """The flags that make runs smaller.
 
-    For all runs, for those with PGD, for fine-tuning, and for training from scratch.
+    For all runs, for those with PGD, for fine-tuning, for the natural pre-training before it, and for training from
+    scratch.
     """
 
     about: str
@@ -55,6 +56,7 @@ class Scale:
     all: str = ""
     pgd: str = ""
     tuned: str = ""
+    pretrain: str = ""
     scratch: str = ""
     of: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +68,8 @@ SCALES = {
         20,
         all="--dataset digits --arch resnet8_half --batch-size 64 --log-every 11",
         pgd="--attack.steps 7 --attack.step-size 2/255",
-        tuned="--epochs 7 --pretrain.epochs 8 --pretrain.batch-size 64",
+        tuned="--epochs 7",
+        pretrain="--pretrain.epochs 8 --pretrain.batch-size 64",
         scratch="--epochs 15",
         of={
             "rift": "--held-out 200",
@@ -80,7 +83,8 @@ SCALES = {
         50,
         all="--dataset cifar10 --arch resnet8 --batch-size 64 --log-every 39 --save-every 78 --eval-n 1000",
         pgd="--attack.steps 5 --attack.step-size 2/255",
-        tuned="--epochs 2 --pretrain.epochs 15 --pretrain.batch-size 64",
+        tuned="--epochs 2",
+        pretrain="--pretrain.epochs 15 --pretrain.batch-size 64",
         scratch="--epochs 4",
         of={
             "rift": "--epochs 4 --held-out 1000 --climbs 3",
@@ -97,6 +101,8 @@ def flags_of(recipe: str, scale: Scale) -> list[str]:
     """The flags that give the recipe's run this scale."""
     config = find_recipe(recipe)
     words = [scale.all, "--autoattack-n 0", scale.scratch if config.method.begins == "scratch" else scale.tuned]
+    if config.method.begins == "natural":
+        words.append(scale.pretrain)
     if hasattr(config.attack, "steps"):
         words.append(scale.pgd)
     return [*" ".join([*words, scale.of.get(recipe, "")]).split()]

@@ -108,6 +108,7 @@ NETS = {  # the number of convolutions with each arm at 33 x 31 pixels
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_every_form_is_the_network(name):
     """Features and the input's gradient in float64, also after the weights have moved and for another shape."""
     torch.manual_seed(0)
@@ -201,6 +202,7 @@ def test_arms_in_one_anothers_place_do_not_go_together():
 
 
 @pytest.mark.parametrize("form", [("turned", "bits"), ("fused", "padded")])
+@pytest.mark.slow
 def test_a_fast_step_with_arms_is_the_reference(form):
     """Compiled without a graph break, at two batch sizes, for a network whose ReLUs have 32 channels."""
     reference, fast = (afd_step(tiny(Wide), engine) for engine in ("reference", "fast"))

@@ -44,6 +44,7 @@ def trained():
     return pair["reference"], pair["fast"], metrics
 
 
+@pytest.mark.slow
 def test_fast_step_is_the_reference(trained):
     reference, fast, metrics = trained
     assert_close(fast, reference)
@@ -62,6 +63,7 @@ def test_each_kernel_is_called_by_a_fast_step(trained):
     assert calls == {f"fastafd::{name}": count for name, count in kernels.items()}
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_is_compiled_once(trained, capsys):
     reference, fast, _ = trained
     fast = copy.deepcopy(fast.state_dict()), fast
@@ -93,6 +95,7 @@ def test_fast_run_resumes_bit_for_bit(trained):
     assert_close(resumed, reference)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_traced_is_attacked_in_eval_mode(capsys):
     reference, fast = (afd_step(tiny(Wilful), engine) for engine in ("reference", "fast"))
     for batch in batches(2):
@@ -204,6 +207,7 @@ def test_the_reference_engine_launches_no_kernel():
     assert launches["fast"] == {"augment": 1, "attack_head": 2, "linf_step": 2, "afd_loss": 1, "afd_gradients": 1}
 
 
+@pytest.mark.slow
 def test_an_update_that_fp16_skips_leaves_momentum_as_it_was():
     step = afd_step(tiny(dtype=torch.float32), "fast", amp="fp16")
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)  # every gradient overflows
@@ -234,6 +238,7 @@ def test_fast_step_on_a_torchvision_resnet():
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_low_precision_stays_near_fp32(amp):
     net = tiny(dtype=torch.float32)
     wide, low = afd_step(net, "reference"), afd_step(net, "fast", amp=amp)

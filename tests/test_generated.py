@@ -56,7 +56,8 @@ def recorded(tmp_path_factory):
 def test_every_method_of_the_fast_engine_is_whole_graphs(recorded):
     assert {row["method"] for row in recorded["rows"]} == set(LAUNCHES)
     assert {row["method"]: row["graph_breaks"] for row in recorded["rows"]} == {method: [] for method in LAUNCHES}
-    assert recorded["said"] == []  # no part compiled in pieces or left uncompiled
+    said = [line for line in recorded["said"] if "are frozen" not in line]  # RiFT trains one module
+    assert said == []  # no part compiled in pieces or left uncompiled
 
 
 @needs_cuda_build

@@ -266,6 +266,7 @@ def run_verb(name, *words):
     return subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_work_everywhere(tmp_path):
     """A Latin-1 file, class and data folder: training with a cache, evaluation, and the report."""
     root = tree_of(tmp_path / "tree", "abcd")

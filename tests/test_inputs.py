@@ -222,6 +222,7 @@ def test_an_attack_works_without_gradients(attack, off):
     assert torch.equal(attacked, expected) and (attacked - X).abs().max() > 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_works_under_inference_mode():
     net, two = net_of(), ArraySplit(split_of.array[:2], Y[:2].numpy())
     expected = fastafd.evaluate(net, two, ("clean", "pgd20", "autoattack"))

@@ -141,7 +141,8 @@ def test_every_method_has_the_step_of_the_registry():
 
 
 SMALL = "--dataset imagefolder --arch resnet8 --batch-size 16 --epochs 1 --log-every 5 --eval-n 10 --autoattack-n 0"
-SMALL += " --loader resident --device cpu --pretrain.epochs 1 --pretrain.batch-size 16"
+SMALL += " --loader resident --device cpu"
+PRETRAIN = "--pretrain.epochs 1 --pretrain.batch-size 16".split()
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,8 @@ def test_a_run_of_each_recipe(recipe, digit_tree, robust_run, tmp_path):
     config = find_recipe(recipe)
     if isinstance(config.attack, PGD):
         more = [*more, "--attack.steps", "1"]
+    if config.method.begins == "natural":
+        more = [*more, *PRETRAIN]
     if recipe == "pgd_at":
         out = robust_run
     else:

@@ -253,6 +253,7 @@ def test_what_a_forward_keeps_does_not_matter():
 
 
 @pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.slow
 def test_log_probabilities_train_like_logits(engine):
     """The step of a network that ends in log_softmax is the step of the network without it."""
     results = []

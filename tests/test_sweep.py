@@ -102,3 +102,11 @@ def test_module_runs():
         [sys.executable, "-m", "benchmarks.sweep", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--seeds" in done.stdout
+
+
+@pytest.mark.parametrize("scale", ["cifar10", "digits", "small"])
+def test_no_run_has_a_setting_without_effect(scale, sweep, tmp_path):
+    for name, words in sweep.runs_of("methods", sweep.SCALES[scale], 1, tmp_path).items():
+        config = train.parse(words)
+        train.check_for_method(config)
+        assert config.recipe in name

@@ -128,7 +128,7 @@ def test_saved_model_is_the_merged_average(whole_run):
 def test_fine_tuning_from_the_pretrained_cache_is_the_same_run(whole_run, digit_tree, tmp_path, capsys):
     """The second run loads the natural model from the cache instead of training it again."""
     train.main(arguments(digit_tree, tmp_path / "again"))
-    assert "natural pre-training" not in capsys.readouterr().err
+    assert "natural pre-training: resnet8" not in capsys.readouterr().err
     assert_same_run(tmp_path / "again", whole_run)
 
 
