@@ -60,53 +60,41 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     console = Console()
     config, folder = configure(argv)
-    task, method = config.task, config.method
-    check_model(task.arch, task.normalize)
-    recipe = find_recipe(config.recipe)
-    device = resolve_device(task.device)
-    # The engine is resolved here and written to config.yaml, so that a resumed run uses the same one.
-    task = dataclasses.replace(task, engine=engine_of(method, task.engine, device, console))
-    config = dataclasses.replace(config, task=task)
+    method = config.method
+    check_model(config.task.arch, config.task.normalize)
+    device = resolve_device(config.task.device)
+    # The engine and the threads are resolved here and written to config.yaml, so that a resumed run uses the same ones.
+    config = with_task(config, engine=engine_of(method, config.task.engine, device, console))
     check_for_method(config)
 
     # Load the images and the weights that the method starts from. The run folder keeps a copy of these weights, because
     # they are the teacher, after a resume too.
     pretrained = given_weights(config, folder)
+    task = config.task
     dataset = load_dataset(task.dataset, task.data_dir, task.image_size, skip_bad_images=task.skip_bad_images)
-    classes = len(dataset.classes)
     weights = starting_weights(config, folder, pretrained, dataset, console)
     if weights is None:
         check_batch_size(config.pretrain.batch_size, dataset, "pretrain.batch_size")
-    net = fresh_model(task, dataset) if weights is None else weights[0]
-    # So are the threads: another number of them rounds otherwise.
-    threads = set_threads(net.to(device), dataset.image_size, config.sgd.batch_size, task.threads)
-    task = dataclasses.replace(task, threads=threads)
-    config = dataclasses.replace(config, task=task)
-    environment = provenance(device) | {"python": platform.python_version(), "amp": resolve_amp(task.amp, device)}
-    console.line(
-        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {classes} classes, "
-        f"{dataset.image_size} x {dataset.image_size}; {task.arch} on {environment['device']} in {environment['amp']}, "
-        f"{task.engine} engine"
-    )
-    if dataset.image_size > LARGE:
-        console.line(
-            f"{task.arch} keeps all {dataset.image_size} x {dataset.image_size} pixels in its first stage, as networks"
-            f" for CIFAR do: a step takes {(dataset.image_size / 32) ** 2:.0f} times the arithmetic of 32 x 32 pixels,"
-            " and resnet18 15 times that of torchvision's; --image-size makes the images smaller"
-        )
+    net = fresh_model(config.task, dataset) if weights is None else weights[0]
+    threads = set_threads(net.to(device), dataset.image_size, config.sgd.batch_size, config.task.threads)
+    config = with_task(config, threads=threads)
+    environment = provenance(device) | {
+        "python": platform.python_version(),
+        "amp": resolve_amp(config.task.amp, device),
+    }
+    say_what_runs(config, dataset, environment, console)
     held_out = None
     if method.held_out:
-        train, held_out = hold_out(dataset.train, method.held_out, task.seed)
+        train, held_out = hold_out(dataset.train, method.held_out, config.task.seed)
         dataset = dataclasses.replace(dataset, train=train)
-    loader = build_loader(task, config.sgd.batch_size, dataset, device, console)
+    loader = build_loader(config.task, config.sgd.batch_size, dataset, device, console)
     folder.mkdir(parents=True, exist_ok=True)
     cli.write_config(folder, config)
     save_text(folder / "env.json", as_json(environment))
     console.line(f"run folder: {folder}; batches from the {loader.kind} loader")
     pretrains = weights is None and not is_cached(pretraining(config), dataset)
-    console.line(
-        forecast(config, net, dataset, device, pretrains, method.begins == "robust").line(task.engine == "fast")
-    )
+    expected = forecast(config, net, dataset, device, pretrains, method.begins == "robust")
+    console.line(expected.line(config.task.engine == "fast"))
 
     models = [name for name in (method.begins, method.label) if name != "scratch"]
     console.stages = (weights is None) + 1 + len(models) + method.disentangled + 1
@@ -122,10 +110,64 @@ def main(argv: list[str]) -> None:
     console.stage(f"training by {method.label}" if method.begins == "scratch" else f"fine-tuning by {method.label}")
     trained = build.train(config, start, held_out, loader, dataset, folder, console)
     classifier = trained.model.merge()
-    save_model(folder / "model.safetensors", classifier, header_for(task, dataset) | {"eps": config.attack.eps})
+    save_model(folder / "model.safetensors", classifier, header_for(config.task, dataset) | {"eps": config.attack.eps})
 
-    # Evaluate all models on the same test images.
     evaluation_began = time.monotonic()
+    results = evaluate_models(config, start, trained, classifier, dataset, console)
+    console.stage("samples for reports")
+    save_samples(
+        folder / "samples.npz", trained.model, dataset.test, config.eval_n, config.task.seed, config.attack.eps
+    )
+    seconds = {
+        # null if nobody knows how long the weights took
+        "pretraining": 0.0 if method.begins == "scratch" else header.get("pretraining_seconds"),
+        "finetuning": trained.seconds,
+        "evaluation": time.monotonic() - evaluation_began,
+    }
+    parameters = {"model": count_parameters(classifier), "training": count_parameters(trained.model)}
+    summary = {"models": results, "seconds": seconds, **trained.extra, "parameters": parameters}
+    # The training has added the forms of the attack's convolutions to env.json.
+    summary |= about_run(config, dataset) | json.loads((folder / "env.json").read_text())
+    save_text(folder / "result.json", as_json(summary))
+    threat = f"l-infinity, eps {in_255ths(config.attack.eps)}"
+    show_accuracies(results, console, f"{config.task.arch} on {dataset.name}, {threat}, Wilson 95 % intervals")
+    console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
+
+
+def with_task(config: TrainConfig, **settings: Any) -> TrainConfig:
+    """The config with other settings in its `task`."""
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, **settings))
+
+
+def say_what_runs(config: TrainConfig, dataset: Dataset, environment: dict[str, Any], console: Console) -> None:
+    """The lines about the data, the network and the machine."""
+    task, side = config.task, dataset.image_size
+    console.line(
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)}"
+        f" classes, {side} x {side}; {task.arch} on {environment['device']} in {environment['amp']},"
+        f" {task.engine} engine"
+    )
+    if side > LARGE:
+        console.line(
+            f"{task.arch} keeps all {side} x {side} pixels in its first stage, as networks for CIFAR do: a step takes"
+            f" {(side / 32) ** 2:.0f} times the arithmetic of 32 x 32 pixels, and resnet18 15 times that of"
+            " torchvision's; --image-size makes the images smaller"
+        )
+
+
+def evaluate_models(
+    config: TrainConfig,
+    start: nn.Module,
+    trained: build.Trained,
+    classifier: nn.Module,
+    dataset: Dataset,
+    console: Console,
+) -> dict[str, Any]:
+    """The results of each model by its name in the report, all on the same test images.
+
+    start: the model that the training began with. classifier: the trained one, merged.
+    """
+    method, classes = config.method, len(dataset.classes)
     attacks = ATTACKS if config.autoattack_n and classes >= 4 else ATTACKS[:2]
     if config.autoattack_n and classes < 4:
         console.line(f"AutoAttack is left out: its targeted losses need 4 classes, {dataset.name} has {classes}")
@@ -145,41 +187,31 @@ def main(argv: list[str]) -> None:
             eps=config.attack.eps,
             n=config.eval_n,
             autoattack_n=config.autoattack_n,
-            seed=task.seed,
+            seed=config.task.seed,
             console=console,
             label=name,
         )
-    console.stage("samples for reports")
-    save_samples(folder / "samples.npz", trained.model, dataset.test, config.eval_n, task.seed, config.attack.eps)
+    return results
+
+
+def about_run(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What result.json says about the method, the data and the settings."""
+    recipe = find_recipe(config.recipe)
     changed = cli.changes(matched(recipe) if config.matched else recipe, config)
-    if config.pretrained is not None or method.begins != "natural":
+    if config.pretrained is not None or config.method.begins != "natural":
         changed = {name: value for name, value in changed.items() if not name.startswith("pretrain.")}
-    summary: dict[str, Any] = {
-        "models": results,
-        "seconds": {
-            # null if nobody knows how long the weights took
-            "pretraining": 0.0 if method.begins == "scratch" else header.get("pretraining_seconds"),
-            "finetuning": trained.seconds,
-            "evaluation": time.monotonic() - evaluation_began,
-        },
-        **trained.extra,
-        "label": method.label,
+    return {
+        "label": config.method.label,
         "dataset": {
             "name": dataset.name,
             "train": len(dataset.train),
             "test": len(dataset.test),
             "classes": dataset.classes,
         },
-        "parameters": {"model": count_parameters(classifier), "training": count_parameters(trained.model)},
         "changed": changed,
         "settings": cli.written(config),
         "config": dataclasses.asdict(config),
-        **json.loads((folder / "env.json").read_text()),
     }
-    save_text(folder / "result.json", as_json(summary))
-    threat = f"l-infinity, eps {in_255ths(config.attack.eps)}"
-    show_accuracies(results, console, f"{task.arch} on {dataset.name}, {threat}, Wilson 95 % intervals")
-    console.line(f"{time.monotonic() - began:.0f} s; the robust classifier: {folder / 'model.safetensors'}")
 
 
 def check_for_method(config: TrainConfig) -> None:
