@@ -70,10 +70,11 @@ def algorithms_by_trial() -> Iterator[None]:
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """Compute convolutions in fp32, not in TF32, which PyTorch allows by default."""
+    """Compute in fp32: without autocast, and convolutions not in TF32, which PyTorch allows by default."""
     cudnn = torch.backends.cudnn
     as_is = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with cudnn.flags(**as_is, allow_tf32=False):
+    no_autocast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with cudnn.flags(**as_is, allow_tf32=False), no_autocast[0], no_autocast[1]:
         yield
 
 

@@ -86,7 +86,7 @@ def pixels(value: object, field: str) -> float:
         number = fraction(value) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UsageError(f"{field}: got {value!r}, takes {takes}") from None
-    if not math.isfinite(number) or not 0 <= number <= 1:
+    if isinstance(value, bool) or not math.isfinite(number) or not 0 <= number <= 1:
         meant = f" (did you mean {value}/255?)" if 1 < number <= 255 else ""
         raise UsageError(f"{field}: got {value!r}, takes {takes}{meant}")
     return number

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastafd
 from fastafd.methods import PGDAT, Natural
-from fastafd.models import split
+from fastafd.models import Modes, split
 from fastafd.training.step import TrainStep
 
 X = torch.rand(6, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -212,3 +212,39 @@ def test_averaged_is_a_copy_in_eval_mode(decay):
     assert not any(m.training for m in averaged.modules()) and model.training
     step(X, Y)
     assert not moved(before, averaged) and moved(before, step.averaged())
+
+
+def test_weights_that_are_thawed_later_are_missed():
+    """The optimizer was made over the head, the rest being frozen then; once it is thawed, it would never train."""
+    net = net_of()
+    model = fastafd.disentangle(net)
+    model.backbone.requires_grad_(False)
+    step = fastafd.AFDStep(
+        model, net, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1), steps=1
+    )
+    step(X, Y)
+    model.backbone.requires_grad_(True)
+    with pytest.raises(ValueError, match="the optimizer lacks"):
+        step(X, Y)
+
+
+def test_weights_of_another_network_are_not_moved():
+    net, other = net_of(), nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    before = other.weight.detach().clone()
+    model = fastafd.disentangle(net)
+    step = fastafd.AFDStep(model, net, torch.optim.SGD([*model.parameters(), *other.parameters()], 0.1), steps=1)
+    step(X, Y)
+    assert torch.equal(other.weight, before)
+
+
+def test_a_loaded_model_behind_a_normalising_layer_trains_its_statistics():
+    """Its root is in train mode, and all of its layers are as they were loaded."""
+    inner = net_of().eval()
+    assert Modes(nn.Sequential(nn.Identity(), inner)).note() is None
+    assert all(module.training for module in fastafd.disentangle(nn.Sequential(nn.Identity(), inner)).modules())
+    inner.train()
+    for layer in inner.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    assert "stay in eval mode" in Modes(nn.Sequential(nn.Identity(), inner)).note()

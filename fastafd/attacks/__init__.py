@@ -1,7 +1,7 @@
 """Attacks: the l-infinity threat model, PGD, and the snapshot of a model on which PGD is fast."""
 
 from fastafd.attacks.choice import Choice, machine
-from fastafd.attacks.inputs import check_images, check_labels, check_logits
+from fastafd.attacks.inputs import check_images, check_labels, check_logits, check_network, named_failure
 from fastafd.attacks.kl import KLPGD
 from fastafd.attacks.pgd import PGD, input_gradient, weakness
 from fastafd.attacks.snapshot import Snapshot
@@ -16,8 +16,10 @@ __all__ = [
     "check_images",
     "check_labels",
     "check_logits",
+    "check_network",
     "input_gradient",
     "linf_noise",
     "machine",
+    "named_failure",
     "weakness",
 ]

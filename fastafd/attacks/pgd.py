@@ -12,7 +12,7 @@ from torch import Tensor
 from fastafd.attacks.inputs import FirstOutput, check_images, check_labels, check_logits, recording
 from fastafd.attacks.threat import Ball, linf_noise
 from fastafd.kernels.linf_step import linf_step_reference
-from fastafd.settings import in_255ths, number, pixels, setting, switch
+from fastafd.settings import UsageError, in_255ths, number, pixels, setting, switch
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class PGD(Ball):
         Raises UsageError for images outside [0,1], for labels that are no class numbers, and for a classifier that
         returns something else than logits. The checks wait for the device once.
         """
+        if not callable(classifier):
+            raise UsageError(
+                f"classifier: got a {type(classifier).__name__}, takes a network that returns logits (B,C)"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise UsageError(f"generator: got a {type(generator).__name__}, takes a torch.Generator or None")
         values = not recording()
         check_images(x, values=values)
         check_labels(y, len(x), values=values)
@@ -126,5 +132,7 @@ def input_gradient(classifier: Callable[[Tensor], Tensor], x_adv: Tensor, target
     with torch.enable_grad():
         logits = classifier(x_adv)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not logits.requires_grad:
+            raise UsageError("classifier: its output has no gradient; an attack needs one, so nothing may detach it")
         (grad,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), x_adv)
     return grad

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastafd.data.beton import Report, ensure_beton, import_ffcv
 from fastafd.data.splits import Split, first_line
-from fastafd.settings import RunError, UsageError, unknown
+from fastafd.settings import RunError, UsageError, number, unknown
 
 LOADERS = ("ffcv", "resident", "torch")
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -79,7 +79,8 @@ def make_loader(
     """
     if kind not in LOADERS:
         raise unknown("loader", kind, LOADERS)
-    if batch_size < 1 or (drop_last and batch_size > len(split)):
+    batch_size = number(1, whole=True)(batch_size, "batch_size")
+    if not len(split) or (drop_last and batch_size > len(split)):
         raise UsageError(f"batch_size: got {batch_size}, takes 1..{len(split)}, the number of images in {name}")
     shape = dict(n=len(split), batch_size=batch_size, seed=seed, drop_last=drop_last, device=torch.device(device))
     if kind == "ffcv":

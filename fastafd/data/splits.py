@@ -56,11 +56,13 @@ class ArraySplit(Split):
         shape = self.array.shape
         if self.array.dtype != np.uint8:
             raise UsageError(f"images: got {self.array.dtype} {shape}, takes uint8 pixels from 0 to 255 (N,H,W,3)")
-        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or not shape[1]:
             raise UsageError(f"images: got {shape}, takes square RGB images (N,H,W,3)")
         if classes.shape != shape[:1] or not (np.issubdtype(classes.dtype, np.integer) or not len(classes)):
             got = f"{classes.dtype} {classes.shape}"
             raise UsageError(f"labels: got {got} for {shape[0]} images, takes one whole class number for each")
+        if len(classes) and not 0 <= classes.min() <= classes.max() < 2**31:
+            raise UsageError(f"labels: got {classes.min()} to {classes.max()}, takes class numbers from 0 on")
         self.labels = classes.astype(np.int64)
         self.image_size = self.array.shape[1]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import check_images, check_labels, check_logits
+from fastafd.attacks import check_images, check_labels, check_logits, check_network, named_failure
 from fastafd.device import device_of
 from fastafd.settings import UsageError
 
@@ -43,9 +43,11 @@ def run_autoattack(
     from pyautoattack import AutoAttack
 
     check_images(x)
+    check_network(model, "model")
     device = device_of(model)
     classes = check_classes(model, x[:1])
     check_labels(y, len(x), classes)
+    x, y = (t.clone() if t.is_inference() else t for t in (x, y.long()))  # autograd saves no inference tensor
     x = x.contiguous(memory_format=torch.contiguous_format)  # its gradient checks fail with a channels-last input
     gpus = [device] if device.type == "cuda" else []
     with _Log(report) as log, torch.random.fork_rng(devices=gpus):  # the library seeds the global generators
@@ -57,10 +59,16 @@ def run_autoattack(
 
 
 def check_classes(model: nn.Module, x: Tensor) -> int:
-    """The number of classes of the model; UsageError if there are fewer than four, or no logits. x: (B,3,H,W)."""
-    with torch.no_grad():
-        logits = model(x.to(device_of(model)))
+    """The number of classes of the model; x: (B,3,H,W).
+
+    UsageError if there are fewer than four, no logits, or no gradient.
+    """
+    x = x.to(device_of(model))
+    with torch.enable_grad(), named_failure(x, "model"):
+        logits = model(x.clone().requires_grad_())
     check_logits(logits, len(x), "model", finite=False)
+    if not logits.requires_grad:
+        raise UsageError("model: its output has no gradient; an attack needs one, so nothing may detach it")
     classes = logits.shape[1]
     if classes < 4:
         raise UsageError(f"attack: AutoAttack's targeted losses need 4 classes, this model has {classes}; take pgd20")

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, check_images, check_labels, check_logits
+from fastafd.attacks import PGD, check_images, check_labels, check_logits, check_network, named_failure
 from fastafd.console import Bar, Console
 from fastafd.data import Split, balanced_draw, to_unit
 from fastafd.device import device_of, enough_memory, true_fp32
 from fastafd.evaluation.autoattack import check_classes, run_autoattack
 from fastafd.evaluation.counting import wilson
 from fastafd.models import eval_mode, frozen
-from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths, unknown
+from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths, number, optional, pixels, unknown
 
 EPS = 8 / 255  # the default radius
 STEP = 0.003 / EPS  # the length of a step of PGD-20, in units of eps: 0.003 at 8/255 in the paper
 ATTACKS = tuple(ATTACK_NAMES)
+COUNT = optional(number(1, whole=True))
+SEED = number(0, 2**32, whole=True)
 
 
 def pgd20(eps: float = EPS) -> PGD:
@@ -34,9 +36,9 @@ def pgd20(eps: float = EPS) -> PGD:
 def evaluate(
     model: nn.Module,
     test: Split,
-    attacks: Sequence[str] = ATTACKS[:2],
+    attacks: str | Sequence[str] = ATTACKS[:2],
     *,
-    eps: float = EPS,
+    eps: float | str = EPS,
     n: int | None = None,
     autoattack_n: int | None = None,
     batch_size: int = 250,
@@ -49,23 +51,35 @@ def evaluate(
     model: takes pixels in [0,1], (B,3,H,W), and returns logits (B,K). It is evaluated in eval mode; afterwards each
     layer has its former mode.
     test: such as `fastafd.data.load_dataset("cifar10", folder).test`, or an `ArraySplit` of uint8 images and labels.
-    eps: the radius of the l-infinity ball, in pixels of [0,1]. The step of PGD-20 is in proportion to it.
+    eps: the radius of the l-infinity ball, in pixels of [0,1], or text such as "8/255". The step of PGD-20 is in
+    proportion to it.
     n, autoattack_n: how many images, a class-balanced draw of `seed` (None: all); the smaller draw is part of the
     larger one.
     Returns for each attack n, correct, accuracy, the Wilson 95 % interval, seconds, and the indices of a draw. An image
-    for which the model returns NaN counts as wrong.
-    Global generators are left as they were. Convolutions are computed in true fp32: TF32, which PyTorch allows them by
-    default, is off during the evaluation. Raises UsageError for an unknown attack, for AutoAttack of fewer than 4
-    classes, for labels that the model has no class for, and for a model that does not return logits.
+    for which the model has no prediction (NaN, or infinite logits that tie) counts as wrong.
+    Global generators are left as they were. All is computed in true fp32: autocast and TF32, which PyTorch allows
+    convolutions by default, are off. Raises UsageError for other arguments, for AutoAttack of fewer than 4 classes, for
+    labels that the model has no class for, and for a model that does not take the images or does not return logits.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: got a {type(model).__name__}, takes an nn.Module")
     if not isinstance(test, Split):
         got = type(test).__name__
         raise UsageError(f"test: got a {got}, takes a split such as fastafd.data.ArraySplit(images, labels)")
+    if not len(test):
+        raise UsageError("test: got a split without images")
+    check_network(model, "model")
+    attacks = (attacks,) if isinstance(attacks, str) else attacks
+    if not isinstance(attacks, Sequence):
+        raise UsageError(f"attacks: got {attacks!r}, takes names of {', '.join(ATTACKS)}")
     for attack in attacks:
         if attack not in ATTACKS:
             raise unknown("attacks", attack, ATTACKS)
+    eps = pixels(eps, "eps")
+    n = COUNT(n, "n")
+    if "autoattack" in attacks:
+        autoattack_n = COUNT(autoattack_n, "autoattack_n")
+    batch_size, seed = number(1, whole=True)(batch_size, "batch_size"), SEED(seed, "seed")
     console = console or Console()
     result: dict[str, Any] = {"eps": in_255ths(eps), "seed": seed}
     drawn: dict[int | None, tuple[np.ndarray, Tensor, Tensor]] = {}
@@ -113,17 +127,18 @@ def accuracy_under(
     """Whether the model classifies each image right under the attack: (N,) bool, on the CPU.
 
     x: uint8 (N,H,W,3) or float32 (N,3,H,W). attack: None for clean images. A generator of `seed` draws the attack's
-    starts. If the attack does not raise the mean cross-entropy, it proves nothing; if the model returns NaN for an
-    image, the image counts as wrong: the console says both, and `warnings` gets the sentences.
+    starts. If the attack does not raise the mean cross-entropy, it proves nothing; if the model has no prediction for
+    an image, the image counts as wrong: the console says both, and `warnings` gets the sentences.
     """
     if x.dtype != torch.uint8:
         check_images(x)
     check_labels(y, len(x))
+    y = y.long()
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     correct = torch.zeros(len(y), dtype=torch.bool)
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # sums before and under the attack
-    undefined = 0  # images with NaN
+    unpredicted = 0  # images
     with Bar(console, label, len(y)) as bar:
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
@@ -131,11 +146,10 @@ def accuracy_under(
             images = to_unit(images) if images.dtype == torch.uint8 else images
             images = images.contiguous(memory_format=torch.channels_last)
             labels = y[part].to(device)
-            with torch.no_grad():
+            with torch.no_grad(), named_failure(images, "model"):
                 clean = model(images)
-            if first == 0:
-                check_logits(clean, len(images), "model", finite=False)
-                check_labels(y, len(x), clean.shape[1])
+            check_logits(clean, len(images), "model", finite=False)
+            check_labels(labels, len(images), clean.shape[1])
             logits = clean
             if attack is not None:
                 images = attack.perturb(model, images, labels, generator)
@@ -143,14 +157,17 @@ def accuracy_under(
                     logits = model(images)
             losses[0] += summed_loss(clean, labels)
             losses[1] += summed_loss(logits, labels)
-            nan = logits.isnan().any(1)
-            correct[part] = ((logits.argmax(1) == labels) & ~nan).cpu()
-            undefined += int(nan.sum())
+            predicted = has_prediction(logits)
+            correct[part] = ((logits.argmax(1) == labels) & predicted).cpu()
+            unpredicted += int((~predicted).sum())
             bar.advance(len(labels))
     before, under = (losses / len(y)).tolist()
     sentences = []
-    if undefined:
-        sentences.append(f"the model returns NaN for {undefined} of {len(y)} images, which count as wrong")
+    if unpredicted:
+        sentences.append(
+            f"the model returns NaN, or infinite logits that tie, for {unpredicted} of {len(y)} images, which count as"
+            " wrong"
+        )
     if attack is not None and attack.steps and attack.eps and not under > before:
         said = f"the attack has not raised the mean loss ({before:.4g} before it, {under:.4g} under it)"
         sentences.append(f"{said}; this accuracy says nothing about robustness")
@@ -159,6 +176,13 @@ def accuracy_under(
     if warnings is not None:
         warnings += sentences
     return correct
+
+
+def has_prediction(logits: Tensor) -> Tensor:
+    """Whether one class is predicted (B,): False for NaN, and where infinite logits tie. logits: (B,C)."""
+    top = logits.max(1, keepdim=True).values  # NaN if there is one
+    tie = (logits == top).sum(1) > 1
+    return ~(top.isnan().squeeze(1) | (top.isinf().squeeze(1) & tie))
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

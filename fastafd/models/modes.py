@@ -34,15 +34,25 @@ def frozen(net: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def wholly_eval(net: nn.Module) -> bool:
+    """Whether the network, or all of its layers with weights, are in eval mode, as those of a loaded model are.
+
+    Then the mode means nothing: no layer was put into it on purpose. So it is too for a loaded model behind a layer
+    that normalises.
+    """
+    layers = [module for module in net.modules() if next(module.parameters(recurse=False), None) is not None]
+    return not net.training or (bool(layers) and not any(layer.training for layer in layers))
+
+
 class Modes:
     """Switches a network between train and eval mode; layers that were in eval mode before stay in eval mode.
 
-    If the network itself was in eval mode, as a loaded model is, no layer was put into it on purpose, and none stays.
+    No layer stays in it if the network is `wholly_eval`.
     """
 
     def __init__(self, net: nn.Module):
         self.net = net
-        self.fixed = [module for module in net.modules() if not module.training] if net.training else []
+        self.fixed = [module for module in net.modules() if not module.training] if not wholly_eval(net) else []
 
     def train(self) -> None:
         self.net.train()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastafd.models.logits import copied, find_logits_layer, on_device, refusal, same_draws
-from fastafd.models.modes import eval_mode
+from fastafd.models.modes import eval_mode, wholly_eval
 
 
 class Tap(nn.Module):
@@ -110,13 +110,13 @@ def split(
     layer = find_logits_layer(net, classifier, example)
     linear = net.get_submodule(layer.name)
     assert isinstance(linear, nn.Linear)
-    training = net.training
+    in_eval = wholly_eval(net)
     tap = (Tap() if layer.log_softmax else nn.Identity()).train(linear.training)
     net.set_submodule(layer.name, tap)
     backbone = Tapped(net, tap) if isinstance(tap, Tap) else net
     with torch.inference_mode(False):
         halves = into(backbone, layer.name, linear)
-    if not training:
+    if in_eval:
         halves.train()
     halves.log_softmax, halves.proven = layer.log_softmax, layer.proven
     if example is not None and not layer.proven:

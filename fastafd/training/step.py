@@ -13,19 +13,29 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Ball, check_images, check_labels, check_logits, weakness
+from fastafd.attacks import (
+    PGD,
+    Ball,
+    check_images,
+    check_labels,
+    check_logits,
+    check_network,
+    named_failure,
+    weakness,
+)
 from fastafd.console import Console
 from fastafd.data import Augment, Loader, to_unit
 from fastafd.device import resolve_amp
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Modes, SplitNet, check_split, eval_mode, split
-from fastafd.settings import RunError, UsageError
+from fastafd.settings import RunError, UsageError, choice, number
 from fastafd.training.ema import EMA
 from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.training.graphs import Graphs
@@ -40,6 +50,7 @@ Seen = tuple[Tensor, Tensor, Tensor | None]  # x, x_adv, the teacher's features 
 class TrainStep:
     """One training step of a method. Call it with a batch: `metrics = step(x, y)`."""
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -69,13 +80,15 @@ class TrainStep:
         """
         if method.uses_teacher and teacher is None:
             raise ValueError(f"{type(method).__name__} needs a teacher")
+        attack_bn = choice("eval", "train")(attack_bn, "attack_bn")
+        ema_decay, seed = number(0, 1)(ema_decay, "ema_decay"), number(0, 2**32, whole=True)(seed, "seed")
+        check_network(model, "model")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
         self.console = console or Console()
         self.modes = Modes(model)
-        for line in [*check_optimizer(model, optimizer), self.modes.note()]:
-            if line is not None:
-                self.console.line(line)
+        self._say([*check_optimizer(model, optimizer), self.modes.note()])
+        self._trainable = self._flags()
         self.fast = engine_of(method, engine, self.device, self.console) == "fast"
         if self.fast and to_channels_last(model, optimizer):  # before anything refers to the model's tensors
             self.console.line("the network's weights are put into channels_last, the layout of the fast engine")
@@ -106,7 +119,7 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(seed)  # draws the attack's starts
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
-        self._checked = False  # True after the first batch
+        self._checked: set[torch.Size] = set()  # shapes of images that the networks took
 
         self.graphs: Graphs | None = None
         self._state: Any = None  # the optimizer's state whose tensors the recordings use
@@ -131,19 +144,22 @@ class TrainStep:
         x: uint8 (B,H,W,3) or (B,3,H,W), or float (B,3,H,W) in [0,1]; y: (B,) class numbers. `augment`, if the step has
         one, is applied to uint8 batches. probe: True also measures the clean accuracy and the feature gaps, in eval
         mode with the weights before the update; this takes two more forward passes.
-        Raises UsageError for images and labels that are something else. Values are checked in the first batch, and in
-        every batch that comes on the CPU. The first batch also checks the networks: ValueError if the split one
-        computes another function than its source, RunError if an output is not finite.
+        Raises UsageError for images and labels that are something else. Values are checked in the first batch of each
+        shape of images, and in every batch that comes on the CPU. That first batch also checks the networks: ValueError
+        if the split one computes another function than its source, RunError if an output is not finite.
         """
         if not torch.is_grad_enabled():
             raise UsageError("a training step needs gradients, and torch.no_grad or torch.inference_mode is on")
-        first = not self._checked
+        first = not isinstance(x, Tensor) or x.shape[1:] not in self._checked
         self._check_batch(x, y, first)
         with self.timer("inputs"):
             inputs = self._inputs(x, y)
         if first:
             self._check_networks(inputs[0])
-            self._checked = True
+            self._checked.add(x.shape[1:])
+        if (flags := self._flags()) != self._trainable:
+            self._trainable = flags
+            self._say(check_optimizer(self.model, self.optimizer))
         weight = 0.0 if self.ema is None else self.ema.advance()
         if self.fast and inputs[0].shape not in self._compiled_for:
             run = self._compile
@@ -215,10 +231,20 @@ class TrainStep:
         if "arms" in state and isinstance(self.engine, Fast) and self.engine.choice is not None:
             self.engine.choice.keep(state["arms"])
 
+    def _flags(self) -> list[bool]:
+        """Which weights of the model require a gradient."""
+        return [p.requires_grad for p in self.model.parameters()]
+
+    def _say(self, lines: Sequence[str | None]) -> None:
+        for line in lines:
+            if line is not None:
+                self.console.line(line)
+
     # -- what a step is made of -----------------------------------------------------------------------------------
 
     def _inputs(self, x: Tensor, y: Tensor) -> Inputs:
         """The batch and all random draws for it, on the device."""
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # autograd saves no inference tensor
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, torch.int64, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
         offsets = flips = noise = epoch = None
@@ -256,7 +282,7 @@ class TrainStep:
         for net in self._unproven:
             check_split(net, x)
         self._unproven.clear()
-        with torch.no_grad(), eval_mode(self.model), torch.random.fork_rng():
+        with torch.no_grad(), eval_mode(self.model), torch.random.fork_rng(), named_failure(x, "model"):
             logits = self.model(x)
         check_logits(logits, len(x), "model", finite=False)
         if not logits.isfinite().all():
@@ -311,6 +337,7 @@ class TrainStep:
         """One backward pass and one step of the optimizer."""
         out = self._loss(batch)
         self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # weights of another network, if it has any, are not moved
         self.scaler.scale(out.total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
