@@ -30,8 +30,9 @@ SAID = 20_000  # files from which on a line says that they are read once
 
 
 class Facts(NamedTuple):
-    """content: SHA-256 (32 bytes), empty if there are no bytes to read. width, height: in pixels, turned as the EXIF data
-    say; 0 if the image has a fault.
+    """content: SHA-256 (32 bytes), empty if there are no bytes to read.
+
+    width, height: in pixels, turned as the EXIF data say; 0 if the image has a fault.
 
     fault: why it cannot be taken; empty if it can.
     """

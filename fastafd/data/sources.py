@@ -69,7 +69,8 @@ def load_dataset(
     image is resized to so many pixels and the centre is cut out, and for digits. download: False never downloads.
     skip_bad_images: True lists the image files that cannot be read or have the wrong size and leaves them out. Raises
     UsageError for an unknown name, a failed download, a missing, unknown or empty class, a folder that cannot be read,
-    and, unless they are skipped, for bad images. All image files are decoded once to find them; the cache remembers what was found.
+    and, unless they are skipped, for bad images. All image files are decoded once to find them; the cache
+    remembers what was found.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
@@ -159,7 +160,7 @@ def load_imagefolder(place: Place) -> Loaded:
         raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
     classes = folder_names(data_dir / "train")
     if len(classes) == 1:
-        raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({classes[0]}), takes two or more")
+        raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({shown(classes[0])}), takes two or more")
     return read_tree(place, classes, resize=place.image_size is not None)
 
 
@@ -244,7 +245,9 @@ def read_classes(root: Path, part: str, classes: Sequence[str]) -> Members:
     missing = [name for name in classes if name not in folders]
     stray = [name for name in folders if name not in set(classes)]
     if missing:
-        raise UsageError(f"data_dir: {shown(root / part)} has no folder for the class {missing[0]!r}{and_more(missing)}")
+        raise UsageError(
+            f"data_dir: {shown(root / part)} has no folder for the class {missing[0]!r}{and_more(missing)}"
+        )
     if stray:
         raise UsageError(f"data_dir: {shown(root / part / stray[0])} is not a class of this data set{and_more(stray)}")
     if not classes:
@@ -267,14 +270,14 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(read_names(annotations).splitlines(), start=1):
+    for row, line in enumerate(read_names(annotations).splitlines(), start=1):
         if not line.strip():
             continue
         file, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in index:
-            raise UsageError(f"data_dir: {annotations} line {number}: {wnid!r} is not in wnids.txt")
+            raise UsageError(f"data_dir: {annotations} line {row}: {wnid!r} is not in wnids.txt")
         if file not in present:
-            raise UsageError(f"data_dir: {annotations} line {number}: there is no {folder / file}")
+            raise UsageError(f"data_dir: {annotations} line {row}: there is no {shown(folder / file)}")
         paths.append(f"val/images/{file}")
         labels.append(index[wnid])
     without = sorted(set(range(len(classes))) - set(labels))

@@ -141,7 +141,7 @@ class FolderSplit(Split):
 
 
 def decoded(content: bytes, size: int) -> np.ndarray:
-    """The content of an image file as uint8 (size,size,3): resized so that its shorter side fits, the centre cut out."""
+    """The content of an image file as uint8 (size,size,3): its shorter side is resized, its centre cut out."""
     from PIL import Image
 
     image = open_rgb(io.BytesIO(content))
