@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastafd.data import DATASETS, ArraySplit, Augment, load_dataset, to_unit
 from fastafd.data.sources import CIFAR10_CLASSES, CIFAR100_CLASSES
+from fastafd.data.splits import decoded
 from fastafd.kernels import augment as crop_flip
 from fastafd.settings import UsageError
 
@@ -144,6 +145,8 @@ def test_missing_stray_and_empty_classes_are_named(digits_tree):
 
 def test_hidden_files_and_folders_are_no_images(digits_tree):
     (digits_tree / "train" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints", ".thumbnails", ".Trash-1000/files"):
+        shutil.copytree(digits_tree / "train" / "1", digits_tree / "train" / "0" / name)
     (digits_tree / "train" / "0" / "._0.png").write_bytes(b"resource fork")
     (digits_tree / "train" / "0" / "notes.txt").write_text("not an image")
     assert len(load_dataset("digits", digits_tree).train) == 20
@@ -203,6 +206,32 @@ def test_imagefolder_resizes_the_shorter_side_and_crops_the_centre(tmp_path, dig
     image = dataset.train.image(0)
     assert image.shape == (24, 24, 3) and (image[:, 2:-2] == 255).all()
     assert dataset.test.images().shape == (4, 24, 24, 3)
+
+
+@pytest.mark.parametrize("width,height,size", [(61, 40, 24), (40, 97, 32), (13, 20, 16), (300, 200, 64)])
+def test_cutting_before_resizing_gives_the_pixels_of_resizing_first(width, height, size, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    noise.save(tmp_path / "noise.png")
+    scale = size / min(width, height)
+    whole = [max(size, int(side * scale)) for side in (width, height)]
+    left, top = ((side - size) // 2 for side in whole)
+    expected = noise.resize(whole, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    got = decoded((tmp_path / "noise.png").read_bytes(), size)
+    np.testing.assert_allclose(got.astype(int), np.asarray(expected).astype(int), atol=1)
+
+
+def test_a_long_thin_image_takes_little_memory(tmp_path, monkeypatch):
+    largest = []
+    original = Image.Image.resize
+
+    def noted(self, size, *args, **kwargs):
+        largest.append(size[0] * size[1])
+        return original(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    Image.new("1", (1, 100_000)).save(tmp_path / "thin.bmp")
+    assert decoded((tmp_path / "thin.bmp").read_bytes(), 64).shape == (64, 64, 3)
+    assert largest == [64 * 64]
 
 
 def test_imagefolder_takes_the_size_that_all_images_share(tmp_path, digits):
@@ -301,7 +330,8 @@ def test_tiny_imagenet_messages(tiny, tmp_path):
 def test_unknown_names_and_sizes(tmp_path):
     assert "did you mean cifar100?" in message("cifar-100", tmp_path)
     assert message("cifar10", tmp_path, image_size=64).startswith("image_size: got 64, takes 32")
-    assert message("imagefolder", tmp_path, image_size=0).startswith("image_size: got 0")
+    for size in (0, 7, 1025, 100_000):
+        assert message("imagefolder", tmp_path, image_size=size).startswith(f"image_size: got {size}, takes a whole")
     assert list(DATASETS) == ["cifar10", "cifar100", "tiny-imagenet", "imagefolder", "digits"]
 
 

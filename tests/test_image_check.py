@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, line_of
 from PIL import Image
 
-from fastafd import train
-from fastafd.data import catalogue, load_dataset
+from fastafd import pretrain, train
+from fastafd.data import catalogue, ensure_beton, load_dataset
 from fastafd.settings import UsageError
 
 SMALL = "--dataset imagefolder --arch resnet8_half --batch-size 6 --loader resident --epochs 1 --autoattack-n 0".split()
@@ -161,6 +165,56 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch, 
     assert len(reads) == 32
 
 
+# -- what changes after the check ---------------------------------------------------------------------------------
+
+
+def test_a_beton_never_holds_pixels_of_another_name(tmp_path):
+    """An image changes between the check and the writing, and is restored."""
+    pytest.importorskip("ffcv")
+    tree = tree_of(tmp_path / "tree", ext="bmp")
+    path = tree / "train" / "a" / "0.bmp"
+    content = path.read_bytes()
+    split = load_dataset("imagefolder", tree).train
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
+    with pytest.raises(UsageError, match=r"a/0\.bmp has changed since the images were checked; start again"):
+        ensure_beton(split, "tree", tmp_path / "beton", print)
+    assert not list((tmp_path / "beton").iterdir())
+    path.write_bytes(content)
+    assert ensure_beton(load_dataset("imagefolder", tree).train, "tree", tmp_path / "beton", print).exists()
+
+
+def test_images_in_memory_are_those_that_were_checked(tmp_path, reads):
+    tree = tree_of(tmp_path / "tree", ext="bmp")
+    split = load_dataset("imagefolder", tree).train
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tree / "train" / "a" / "0.bmp")
+    with pytest.raises(UsageError, match="start again"):
+        split.images()
+    load_dataset("imagefolder", tree).train.images()
+    assert len(reads) == 32  # the next start trusts nothing that it remembers
+
+
+@pytest.mark.parametrize("damage", [b"", b"no weights", "cut"])
+def test_a_damaged_natural_model_is_trained_again_in_the_cache_alone(tmp_path, damage, capsys, monkeypatch):
+    monkeypatch.setenv("FASTAFD_CACHE", str(tmp_path / "cache"))
+    flags = [*SMALL[:-2], "--data-dir", str(tree_of(tmp_path / "tree"))]
+
+    def spoil(file):
+        file.write_bytes(file.read_bytes()[:-1000] if damage == "cut" else damage)
+
+    pretrain.main(flags)
+    (file,) = (tmp_path / "cache" / "pretrained").glob("*/model.safetensors")
+    size = file.stat().st_size
+    spoil(file)
+    capsys.readouterr()
+    pretrain.main(flags)
+    assert f"{file} is damaged; it is trained again" in capsys.readouterr().err and file.stat().st_size == size
+    named = tmp_path / "named"
+    shutil.copytree(file.parent, named)
+    spoil(named / "model.safetensors")
+    line = line_of(pretrain.main, [*flags, "--out", named], capsys)
+    assert "out: " in line and str(named) in line and line.endswith("; delete it or take another folder")
+
+
 # -- bad images ---------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +226,29 @@ def deep(path):
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
 
 
+def socket_at(path):
+    path.unlink()
+    here = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{here}/{path.name}")  # the name of a socket has at most 107 bytes
+    os.close(here)
+
+
+def linked(target):
+    def spoil(path):
+        path.unlink()
+        path.symlink_to(target)
+
+    return spoil
+
+
 BAD = {
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "no regular file"),
+    "socket": (socket_at, "no regular file"),
+    "device": (linked("/dev/zero"), "no regular file"),
+    "broken link": (linked("nowhere.png"), "No such file"),
+    "link to itself": (lambda path: linked(path.name)(path), "symbolic links"),
+    "PostScript": (lambda path: Image.new("RGB", (8, 8)).save(path, format="EPS"), "no image file of a known kind"),
     "truncated": (truncated, "cannot read the image"),
     "empty": (lambda path: path.write_bytes(b""), "cannot read the image"),
     "text": (lambda path: path.write_text("<html>404</html>"), "no image file of a known kind"),
@@ -206,6 +282,86 @@ def test_bad_images_are_left_out_and_listed(tmp_path, part, kind, capsys):
     counts = json.loads((tmp_path / "out" / "result.json").read_text())["dataset"]
     assert counts[part] == 7 and counts["test" if part == "train" else "train"] == 8
     assert train.parse(["--config", str(tmp_path / "out" / "config.yaml")]).task.skip_bad_images
+
+
+def forbid(monkeypatch, denied):
+    """Take away the permission to read a file or a folder. A mode would not stop root."""
+
+    def guard(owner, name, refuses):
+        original = getattr(owner, name)
+
+        def guarded(path, *args, **kwargs):
+            if refuses(Path(path)):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    guard(os, "scandir", lambda path: path == denied)
+    guard(Path, "read_bytes", lambda path: path == denied)
+    guard(Path, "stat", lambda path: denied in path.parents)
+
+
+def test_a_file_without_permission_is_a_bad_image(tmp_path, monkeypatch, capsys):
+    tree = tree_of(tmp_path / "tree")
+    path = tree / "train" / "a" / "0.png"
+    with monkeypatch.context() as patch:
+        forbid(patch, path)
+        with pytest.raises(UsageError, match=r"0\.png \(Permission denied\); --skip-bad-images"):
+            load_dataset("imagefolder", tree)
+        assert len(load_dataset("imagefolder", tree, skip_bad_images=True).train) == 7
+    assert len(load_dataset("imagefolder", tree).train) == 8  # it is not remembered as bad
+
+
+@pytest.mark.parametrize("place", [".", "train", "train/a", "train/a/inner"])
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch, place):
+    tree = tree_of(tmp_path / "tree")
+    shutil.copytree(tree / "test" / "a", tree / "train" / "a" / "inner")
+    forbid(monkeypatch, tree / place)
+    with pytest.raises(UsageError, match=rf"data_dir: cannot read {tree / place}\S* \(Permission denied\)"):
+        load_dataset("imagefolder", tree, skip_bad_images=True)
+
+
+@pytest.mark.parametrize("odd", [(9, 9), (9, 8)])
+def test_the_most_common_size_counts(tmp_path, odd):
+    tree = tree_of(tmp_path / "tree")
+    first = tree / "train" / "a" / "0.png"
+    Image.new("RGB", odd).save(first)
+    with pytest.raises(UsageError, match=rf"{first} is {odd[0]}x{odd[1]} pixels, takes 8x8 .*--image-size"):
+        load_dataset("imagefolder", tree)
+    dataset = load_dataset("imagefolder", tree, skip_bad_images=True)
+    assert dataset.image_size == 8 and len(dataset.train) == 7
+
+
+def test_images_that_are_not_square_want_a_size(tmp_path):
+    tree = tree_of(tmp_path / "tree")
+    for path in tree.rglob("*.png"):
+        Image.new("RGB", (9, 8)).save(path)
+    with pytest.raises(UsageError, match=r"0\.png is 9x8 pixels.*takes square images; --image-size N"):
+        load_dataset("imagefolder", tree)
+
+
+def test_pillow_says_nothing_on_the_console(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    tree = tree_of(tmp_path / "tree")
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([*range(256)] * 3)
+    palette.save(tree / "train" / "a" / "0.png", transparency=bytes([0, 255, 3]))
+    exif = b"Exif\0\0II*\0" + b"\xff" * 40
+    Image.new("RGB", (8, 8)).save(tree / "train" / "a" / "1.jpg", exif=exif)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_dataset("imagefolder", tree).train.images()
+    assert [str(warning.message) for warning in said] == []
+
+
+def test_control_characters_of_a_name_are_escaped(tmp_path, capsys):
+    tree = tree_of(tmp_path / "tree")
+    (tree / "train" / "a" / "0\x1b[31m\n1.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"a/0\\x1b\[31m\\n1\.png \("):
+        load_dataset("imagefolder", tree)
+    load_dataset("imagefolder", tree, skip_bad_images=True)
+    assert r"0\x1b[31m\n1.png" in capsys.readouterr().err
 
 
 def test_what_was_left_out_changes_the_key(tmp_path):
@@ -295,6 +451,13 @@ def test_a_loop_of_links_ends(tmp_path):
     (tree / "train" / "a" / "inner" / "up").symlink_to(tree / "train" / "a", target_is_directory=True)
     (tree / "train" / "a" / "top").symlink_to(tree, target_is_directory=True)
     assert len(load_dataset("imagefolder", tree).train) == 8
+
+
+def test_a_class_that_links_to_itself_is_named(tmp_path):
+    tree = tree_of(tmp_path / "tree")
+    (tree / "train" / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=rf"data_dir: cannot read {tree}/train/loop \(.*symbolic links\)"):
+        load_dataset("imagefolder", tree)
 
 
 def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path):

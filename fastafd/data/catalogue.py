@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +21,18 @@ import numpy as np
 
 from fastafd.console import Bar, Console
 from fastafd.files import write_atomic
-from fastafd.settings import RunError, UsageError, cache_dir
+from fastafd.settings import RunError, cache_dir
 
-DECODING = 2  # raised when the same file becomes other pixels; 2: turned as its EXIF data say
+DECODING = 3  # raised when the same file becomes other pixels; 3: the centre is cut out before it is resized
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")  # Pillow's names; of others it starts a program, Ghostscript
 AT_ONCE = 32  # files that a thread reads in a row
 SAID = 20_000  # files from which on a line says that they are read once
 
 
 class Facts(NamedTuple):
-    """content: SHA-256 (32 bytes). width, height: in pixels, turned as the EXIF data say; 0 if the image has a fault.
+    """content: SHA-256 (32 bytes), empty if there are no bytes to read.
+
+    width, height: in pixels, turned as the EXIF data say; 0 if the image has a fault.
 
     fault: why it cannot be taken; empty if it can.
     """
@@ -49,19 +54,30 @@ def open_rgb(source: Any) -> Any:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(source) as file:
+    with Image.open(source, formats=FORMATS) as file:
         if file.mode.startswith("I") or file.mode == "F":  # Pillow would clip their pixels to white
             raise ValueError(f"it has pixels of more than 8 bits (mode {file.mode}), takes 8-bit images")
         return ImageOps.exif_transpose(file).convert("RGB")
 
 
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Silence what Pillow says of images that it reads: damaged EXIF data, many pixels, a transparent palette.
+
+    Filters belong to the process, so this stands around the threads that read, not in them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def examine(root: Path, paths: Sequence[str]) -> list[Facts]:
     """The facts of each file, read again where nothing is remembered of it as it is now.
 
-    paths: relative to root. Raises UsageError for a file that does not exist or whose bytes cannot be read.
+    paths: relative to root.
     """
     root = root.absolute()
-    file = cache_dir() / "images" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
+    file = memory_of(root)
     known = remembered(file)
     stamps = [stamp(root / path) for path in paths]
     facts: list[Facts | None] = []
@@ -72,9 +88,9 @@ def examine(root: Path, paths: Sequence[str]) -> list[Facts]:
     if missing:
         console = Console()
         if len(missing) >= SAID:
-            size = sum(stamps[index][0] for index in missing) / 2**20
-            console.line(f"{root}: reading and decoding {len(missing)} images once, {size:.0f} MiB")
-        with Bar(console, f"checking the images of {root.name}", len(missing)) as bar:
+            size = sum(now[0] for index in missing if (now := stamps[index])) / 2**20
+            console.line(f"{shown(root)}: reading and decoding {len(missing)} images once, {size:.0f} MiB")
+        with Bar(console, f"checking the images of {shown(root.name)}", len(missing)) as bar:
             for index, fact in zip(missing, read_all(root, [paths[index] for index in missing], bar), strict=True):
                 facts[index] = fact
     complete = [fact for fact in facts if fact is not None]
@@ -84,13 +100,24 @@ def examine(root: Path, paths: Sequence[str]) -> list[Facts]:
     return complete
 
 
-def stamp(path: Path) -> Stamp:
-    """What changes when a file changes."""
+def memory_of(root: Path) -> Path:
+    """The file in the cache that keeps the facts of a tree."""
+    return cache_dir() / "images" / f"{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.npz"
+
+
+def forget(root: Path) -> None:
+    """Let the next run read all files of a tree again."""
+    with suppress(OSError):
+        memory_of(root).unlink()
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes when a file changes; None if nothing can be said of it."""
     try:
-        stat = path.stat()
-    except OSError as error:
-        raise UsageError(f"data_dir: cannot read {path} ({error.strerror})") from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+        now = path.stat()
+    except OSError:
+        return None
+    return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
 
 
 def read_all(root: Path, paths: Sequence[str], bar: Bar) -> list[Facts]:
@@ -100,7 +127,7 @@ def read_all(root: Path, paths: Sequence[str], bar: Bar) -> list[Facts]:
         return [read_facts(root / path) for path in paths[start : start + AT_ONCE]]
 
     facts: list[Facts] = []
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+    with no_warnings(), ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
         try:
             for block in pool.map(read, range(0, len(paths), AT_ONCE)):
                 facts += block
@@ -112,11 +139,13 @@ def read_all(root: Path, paths: Sequence[str], bar: Bar) -> list[Facts]:
 
 
 def read_facts(path: Path) -> Facts:
-    """The facts of one file. UsageError if its bytes cannot be read."""
+    """The facts of one file. A pipe, a socket or a device is not opened: reading it may never end."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return Facts(b"", 0, 0, "no regular file")
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"data_dir: cannot read {path} ({error.strerror})") from error
+        return Facts(b"", 0, 0, error.strerror or first_line(error))
     digest = hashlib.sha256(content).digest()
     try:
         image = open_rgb(io.BytesIO(content))
@@ -129,6 +158,11 @@ def read_facts(path: Path) -> Facts:
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(path: str | Path) -> str:
+    """A path or name as a line shows it: control characters, such as a line break, are escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
 # -- the file of a tree: arrays of all paths, stamps and facts ----------------------------------------------------
@@ -153,15 +187,16 @@ def remembered(file: Path) -> dict[str, tuple[Stamp | None, Facts | None]]:
         return {}
 
 
-def remember(file: Path, paths: Sequence[str], stamps: Sequence[Stamp], facts: Sequence[Facts]) -> None:
-    """Write the file of a tree. RunError if that fails."""
+def remember(file: Path, paths: Sequence[str], stamps: Sequence[Stamp | None], facts: Sequence[Facts]) -> None:
+    """Write the file of a tree, without the files that had no bytes to read. RunError if that fails."""
+    rows = [row for row in zip(paths, stamps, facts, strict=True) if row[1] is not None and row[2].content]
     arrays: dict[str, Any] = {
         "decoding": np.int64(DECODING),
-        "paths": joined([os.fsencode(path) for path in paths]),
-        "stamps": np.array(stamps, np.int64).reshape(-1, 4),
-        "contents": np.frombuffer(b"".join(fact.content for fact in facts), np.uint8).reshape(-1, 32),
-        "sizes": np.array([fact[1:3] for fact in facts], np.int32).reshape(-1, 2),
-        "faults": joined([fact.fault.replace("\0", " ").encode(errors="replace") for fact in facts]),
+        "paths": joined([os.fsencode(path) for path, _, _ in rows]),
+        "stamps": np.array([now for _, now, _ in rows], np.int64).reshape(-1, 4),
+        "contents": np.frombuffer(b"".join(fact.content for _, _, fact in rows), np.uint8).reshape(-1, 32),
+        "sizes": np.array([fact[1:3] for _, _, fact in rows], np.int32).reshape(-1, 2),
+        "faults": joined([fact.fault.replace("\0", " ").encode(errors="replace") for _, _, fact in rows]),
     }
 
     def write(temporary: Path) -> None:

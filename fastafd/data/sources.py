@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from fastafd.console import Console
-from fastafd.data.catalogue import examine, first_line
+from fastafd.data.catalogue import examine, first_line, shown
 from fastafd.data.splits import ArraySplit, FolderSplit, Split, unreadable, wrong_size
-from fastafd.settings import UsageError, unknown
+from fastafd.settings import UsageError, number, unknown
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -36,6 +37,7 @@ CIFAR100_CLASSES = tuple(  # the fine labels
 TINY_IMAGENET_CLASSES = 200
 DIGITS_SEED = 0  # of the train/test split; a constant, so that every user has the same test images
 DIGITS_TEST_FRACTION = 0.2
+SIDE = number(8, 1024, whole=True)  # in pixels, as --image-size
 LISTED = 10  # bad images that are listed by name
 DIGITS_SIZES = (8, 16, 32)  # in pixels; the first is that of the files, the last the default
 
@@ -65,19 +67,24 @@ def load_dataset(
 
     Labels follow the published class order in both layouts. image_size: for imagefolder, where the shorter side of each
     image is resized to so many pixels and the centre is cut out, and for digits. download: False never downloads.
-    skip_bad_images: True lists the image files that cannot be decoded or have the wrong size and leaves them out.
-    Raises UsageError for an unknown name, a failed download, a missing, unknown or empty class, and, unless they are
-    skipped, for bad images. All image files are decoded once to find them; the cache remembers what was found.
+    skip_bad_images: True lists the image files that cannot be read or have the wrong size and leaves them out. Raises
+    UsageError for an unknown name, a failed download, a missing, unknown or empty class, a folder that cannot be read,
+    and, unless they are skipped, for bad images. All image files are decoded once to find them; the cache
+    remembers what was found.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
     source = DATASETS[name]
     if image_size is not None and source.image_size not in (None, image_size):
         raise UsageError(f"image_size: got {image_size}, takes {source.image_size} for {name} (or leave it out)")
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"image_size: got {image_size}, takes a number of pixels above 0")
+    if image_size is not None:
+        image_size = SIDE(image_size, "image_size")
     place = Place(Path(data_dir).expanduser(), source.image_size or image_size, download, skip_bad_images)
-    classes, train, test = source.load(place)
+    try:
+        classes, train, test = source.load(place)
+    except OSError as error:  # a folder without permission, a link that points to itself
+        named = error.filename or place.data_dir
+        raise UsageError(f"data_dir: cannot read {shown(os.fsdecode(named))} ({error.strerror or error})") from error
     if skip_bad_images and not isinstance(train, FolderSplit):
         raise UsageError(f"skip_bad_images: got true, and {name} here has no image files; leave it out")
     train.check_labels(len(classes))
@@ -153,7 +160,7 @@ def load_imagefolder(place: Place) -> Loaded:
         raise UsageError(f"data_dir: {data_dir} has no folder train; takes train/<class>/* and test|val/<class>/*")
     classes = folder_names(data_dir / "train")
     if len(classes) == 1:
-        raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({classes[0]}), takes two or more")
+        raise UsageError(f"data_dir: {data_dir / 'train'} has one class ({shown(classes[0])}), takes two or more")
     return read_tree(place, classes, resize=place.image_size is not None)
 
 
@@ -238,17 +245,19 @@ def read_classes(root: Path, part: str, classes: Sequence[str]) -> Members:
     missing = [name for name in classes if name not in folders]
     stray = [name for name in folders if name not in set(classes)]
     if missing:
-        raise UsageError(f"data_dir: {root / part} has no folder for the class {missing[0]!r}{and_more(missing)}")
+        raise UsageError(
+            f"data_dir: {shown(root / part)} has no folder for the class {missing[0]!r}{and_more(missing)}"
+        )
     if stray:
-        raise UsageError(f"data_dir: {root / part / stray[0]} is not a class of this data set{and_more(stray)}")
+        raise UsageError(f"data_dir: {shown(root / part / stray[0])} is not a class of this data set{and_more(stray)}")
     if not classes:
-        raise UsageError(f"data_dir: {root / part} has no class folders")
+        raise UsageError(f"data_dir: {shown(root / part)} has no class folders")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         files = image_files(root, root / part / name)
         if not files:
-            raise UsageError(f"data_dir: {root / part / name} holds no images ({' '.join(EXTENSIONS)})")
+            raise UsageError(f"data_dir: {shown(root / part / name)} holds no images ({' '.join(EXTENSIONS)})")
         paths += files
         labels += [label] * len(files)
     return paths, labels
@@ -261,14 +270,14 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(read_names(annotations).splitlines(), start=1):
+    for row, line in enumerate(read_names(annotations).splitlines(), start=1):
         if not line.strip():
             continue
         file, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in index:
-            raise UsageError(f"data_dir: {annotations} line {number}: {wnid!r} is not in wnids.txt")
+            raise UsageError(f"data_dir: {annotations} line {row}: {wnid!r} is not in wnids.txt")
         if file not in present:
-            raise UsageError(f"data_dir: {annotations} line {number}: there is no {folder / file}")
+            raise UsageError(f"data_dir: {annotations} line {row}: there is no {shown(folder / file)}")
         paths.append(f"val/images/{file}")
         labels.append(index[wnid])
     without = sorted(set(range(len(classes))) - set(labels))
@@ -281,7 +290,7 @@ def read_annotations(root: Path, annotations: Path, classes: Sequence[str]) -> M
 def folder_splits(
     place: Place, classes: Sequence[str], train: Members, test: Members, resize: bool
 ) -> tuple[FolderSplit, FolderSplit]:
-    """Two splits of the same image size: that of the place, or of the first training image, which must be square.
+    """Two splits of the same image size: that of the place, or the most common one, which must be square.
 
     All images are decoded now, once, so that a bad one ends the run before the training.
     """
@@ -289,11 +298,13 @@ def folder_splits(
     paths = train[0] + test[0]
     facts = examine(root, paths)
     if image_size is None:
-        first = next((index for index, fact in enumerate(facts) if not fact.fault), 0)
-        width, height = facts[first].width, facts[first].height
+        sizes = [(fact.width, fact.height) for fact in facts]
+        good = Counter(size for size, fact in zip(sizes, facts, strict=True) if not fact.fault)
+        ((width, height), _), *_ = good.most_common(1) or [((0, 0), 0)]
         if width != height:
+            like = shown(root / paths[sizes.index((width, height))])
             raise UsageError(
-                f"data_dir: {root / paths[first]} is {width}x{height} pixels, takes square images; "
+                f"data_dir: {like} is {width}x{height} pixels, the most common size, takes square images; "
                 "--image-size N resizes and crops"
             )
         image_size = width
@@ -343,22 +354,29 @@ def folder_names(folder: Path) -> list[str]:
 
 
 def image_files(root: Path, folder: Path) -> list[str]:
-    """The image files at any depth below `folder`, as sorted paths relative to `root`; hidden files do not count.
+    """The image files at any depth below `folder`, as sorted paths relative to `root`.
 
-    Links to folders are followed, each folder once, so a loop of links ends.
+    Hidden files and folders do not count. Links to folders are followed, each folder once, so a loop of links ends.
+    OSError for a folder that cannot be read.
     """
     paths = []
     visited = {inode(parent) for parent in (root, folder.parent)}
-    for base, folders, files in os.walk(folder, followlinks=True):
+    for base, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         here = inode(base)
         if here in visited:
             folders.clear()
             continue
         visited.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))  # links come last
         place = Path(base).relative_to(root).as_posix()
         paths += [f"{place}/{f}" for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return sorted(paths)
+
+
+def fail(error: OSError) -> NoReturn:
+    """Raise an error that os.walk would pass over."""
+    raise error
 
 
 def inode(folder: str | Path) -> tuple[int, int]:

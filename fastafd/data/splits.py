@@ -1,9 +1,10 @@
-"""Labelled images: a split in memory, and a split that decodes files on demand and names a file that it cannot read."""
+"""Labelled images: a split in memory, and a split that decodes files on demand and names a file that has changed."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastafd.data.catalogue import DECODING, first_line, open_rgb
+from fastafd.data.catalogue import DECODING, first_line, forget, no_warnings, open_rgb, shown
 from fastafd.settings import UsageError
 
 
@@ -25,7 +26,7 @@ class Split:
         return len(self.labels)
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i`, uint8 (H,W,3). UsageError if its file cannot be read or has another size."""
+        """Image `i`, uint8 (H,W,3). UsageError if its file cannot be read or has changed since its check."""
         raise NotImplementedError
 
     def images(self, indices: np.ndarray | None = None) -> np.ndarray:
@@ -83,8 +84,8 @@ class ArraySplit(Split):
 class FolderSplit(Split):
     """A split that decodes files on demand.
 
-    paths: relative to root, in the order of the labels. contents: the SHA-256 of each file. resize: True resizes images
-    of another size, False raises an error for them.
+    paths: relative to root, in the order of the labels. contents: the SHA-256 of each file; what is named after them,
+    such as a .beton, never gets other pixels. resize: whether images may have another size, and are resized.
     """
 
     def __init__(
@@ -106,7 +107,15 @@ class FolderSplit(Split):
         self.resize = resize
 
     def image(self, i: int) -> np.ndarray:
-        return read_image(self.root / self.paths[i], self.image_size, self.resize)
+        path = self.root / self.paths[i]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"data_dir: {unreadable(path, error.strerror or first_line(error))}") from error
+        if hashlib.sha256(content).digest() != self.contents[i]:
+            forget(self.root)  # or a change that left the file's times as they were would be found again and again
+            raise UsageError(f"data_dir: {shown(path)} has changed since the images were checked; start again")
+        return decoded(content, self.image_size)
 
     def images(self, indices: np.ndarray | None = None) -> np.ndarray:
         indices = np.arange(len(self)) if indices is None else np.asarray(indices)
@@ -117,7 +126,7 @@ class FolderSplit(Split):
                 out[place] = self.image(indices[place])
 
         # Threads are enough: Pillow releases the interpreter lock while it decodes.
-        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        with no_warnings(), ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
             try:
                 list(pool.map(decode, range(0, len(indices), 64)))
             except BaseException:
@@ -133,37 +142,33 @@ class FolderSplit(Split):
         return digest.hexdigest()
 
 
-def read_image(path: Path, size: int, resize: bool) -> np.ndarray:
-    """An image file as uint8 (size,size,3).
-
-    UsageError if it cannot be read, or has another size and `resize` is False.
-    """
+def decoded(content: bytes, size: int) -> np.ndarray:
+    """The content of an image file as uint8 (size,size,3): its shorter side is resized, its centre cut out."""
     from PIL import Image
 
-    try:
-        image = open_rgb(path)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
-        raise UsageError(f"data_dir: {unreadable(path, first_line(error))}") from error
+    image = open_rgb(io.BytesIO(content))
     if image.size == (size, size):
         return np.asarray(image)
-    if not resize:
-        raise UsageError(f"data_dir: {wrong_size(path, image.width, image.height, size)}")
+    # Only the centre is resized: the whole of a long, thin image would not fit into memory.
     scale = size / min(image.size)
-    width, height = (max(size, int(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    spans = []
+    for side in image.size:
+        whole = max(size, int(side * scale))
+        start = (whole - size) // 2
+        spans.append((start * side / whole, (start + size) * side / whole))
+    (left, right), (top, bottom) = spans
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
 
 
 def unreadable(path: Path, fault: str) -> str:
-    """The sentence about an image that cannot be decoded."""
-    return f"cannot read the image {path} ({fault})"
+    """The sentence about an image that cannot be read or decoded."""
+    return f"cannot read the image {shown(path)} ({fault})"
 
 
 def wrong_size(path: Path, width: int, height: int, size: int) -> str:
     """The sentence about an image of another size than the data set's."""
     return (
-        f"{path} is {width}x{height} pixels, takes {size}x{size}"
+        f"{shown(path)} is {width}x{height} pixels, takes {size}x{size}"
         " (--dataset imagefolder with --image-size N resizes and crops)"
     )
 

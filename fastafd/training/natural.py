@@ -33,17 +33,17 @@ from fastafd.weights import Weights, check_classes, check_classifier, fit_weight
 def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tuple[nn.Module, dict[str, Any]]:
     """The natural classifier of `config`, in eval mode on the CPU, and the header of its file.
 
-    It is loaded from its folder, or else trained there (and a stopped training is resumed).
-    Raises UsageError if that folder (`out`) holds a model of other settings.
+    It is loaded from its folder, or else trained there (and a stopped training is resumed). Raises UsageError as
+    `load_trained` does.
     """
     folder, shape = folder_of(config, dataset), shaping(config, dataset)
     weights = folder / "model.safetensors"
-    if weights.exists():
-        net, header = load_model_about(weights)
-        if header.get("shape") != shape:
-            raise UsageError(f"out: {weights} is a model of other settings or data; take another folder")
+    trained = load_trained(config, dataset)
+    if trained is not None:
         console.line(f"natural model: {weights}")
-        return net, header
+        return trained
+    if weights.exists():
+        console.line(f"natural model: {weights} is damaged; it is trained again")
 
     task, sgd = config.task, config.sgd
     device = resolve_device(task.device)
@@ -80,9 +80,31 @@ def pretrain(config: PretrainConfig, dataset: Dataset, console: Console) -> tupl
     return net, header
 
 
+def load_trained(config: PretrainConfig, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The natural classifier of `config` and its header; None if its folder has none, or the cache a damaged one.
+
+    Raises UsageError if the folder `out` holds a damaged model, or one of other settings.
+    """
+    weights = folder_of(config, dataset) / "model.safetensors"
+    if not weights.exists():
+        return None
+    try:
+        net, header = load_model_about(weights)
+    except UsageError as error:
+        if config.out is None:
+            return None
+        reason = str(error).removeprefix("model: ")
+        raise UsageError(f"out: {reason}; delete it or take another folder") from error
+    if header.get("shape") != shaping(config, dataset):
+        if config.out is None:
+            return None
+        raise UsageError(f"out: {weights} is a model of other settings or data; take another folder")
+    return net, header
+
+
 def is_cached(config: PretrainConfig, dataset: Dataset) -> bool:
     """Whether the natural classifier of `config` has been trained before."""
-    return (folder_of(config, dataset) / "model.safetensors").exists()
+    return load_trained(config, dataset) is not None
 
 
 def check_batch_size(size: int, dataset: Dataset, field: str) -> None:
