@@ -357,6 +357,8 @@ def run(part: Callable[[Tensor], Any], x: Tensor, net: nn.Module, fails: str) ->
     try:
         with same_draws():
             return part(x.clone())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a forward may do anything
         raise refusal(net, f"{fails} ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
