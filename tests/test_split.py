@@ -72,6 +72,32 @@ def in_place(net, features):
     return logits
 
 
+def in_train_mode(change):
+    """Ends that change the logits in place, in train mode alone."""
+
+    def ends(net, features):
+        logits = net.fc(features)
+        if net.training:
+            change(logits)
+        return logits
+
+    return ends
+
+
+def listed(kind):
+    """The layers are called from a list, in which they cannot be exchanged. C equals D."""
+    net = kind(lambda s, f: s.stages[0](f), fc=fc(8))
+    net.stages = [net.fc]
+    return net
+
+
+def zeros(kind):
+    net = kind(lambda s, f: s.fc(f) / 0.1 if isinstance(f, torch.Tensor) else s.fc(f), fc=fc())
+    nn.init.zeros_(net.fc.weight)
+    nn.init.zeros_(net.fc.bias)
+    return net
+
+
 def two_names():
     net = Net(lambda s, f: s.fc(f), fc=fc())
     net.head = net.fc
@@ -93,6 +119,9 @@ TAKEN = {
     "the method log_softmax": lambda kind: kind(lambda s, f: s.fc(f).log_softmax(dim=1), fc=fc()),
     "a plain subclass": lambda kind: kind(lambda s, f: s.fc(f), fc=Plain(8, 4)),
     "no bias": lambda kind: kind(lambda s, f: s.fc(f), fc=nn.Linear(8, 4, bias=False)),
+    "its widths read": lambda kind: kind(lambda s, f: s.fc(f.view(-1, s.fc.in_features)), fc=fc()),
+    "called with a keyword": lambda kind: kind(lambda s, f: s.fc(input=f).log_softmax(1), fc=fc()),
+    "a view behind it": lambda kind: kind(lambda s, f: s.fc(f).view(len(f), -1), fc=fc()),
     "dropout before it": lambda kind: kind(lambda s, f: s.fc(F.dropout(f, 0.3, s.training)), fc=fc()),
 }
 REFUSED = {  # the network, what the message says
@@ -122,6 +151,22 @@ REFUSED = {  # the network, what the message says
     "two names": (lambda kind: two_names(), "fc and head"),
     "a tied weight": (lambda kind: tied(), "fc.weight and proto.weight"),
     "LazyLinear": (lambda kind: kind(lambda s, f: s.fc(f), fc=nn.LazyLinear(4)), "LazyLinear|fc"),
+    "one class": (lambda kind: kind(lambda s, f: s.fc(f), fc=fc(1)), "fc has 1 output"),
+    "its bias read": (lambda kind: kind(lambda s, f: s.fc(f) if s.fc.bias is not None else f, fc=fc()), "fc|bias"),
+    "log_softmax in another type": (
+        lambda kind: kind(lambda s, f: s.fc(f).log_softmax(1, torch.float64), fc=fc()), "fc"),
+    "a temperature for tensors alone": (
+        lambda kind: kind(lambda s, f: s.fc(f) / 0.1 if isinstance(f, torch.Tensor) else s.fc(f), fc=fc()), "fc"),
+    "softmax without gradients": (
+        lambda kind: kind(lambda s, f: s.fc(f) if torch.is_grad_enabled() else s.fc(f).softmax(1), fc=fc()), "fc"),
+    "softmax with gradients": (
+        lambda kind: kind(lambda s, f: s.fc(f).softmax(1) if torch.is_grad_enabled() else s.fc(f), fc=fc()), "fc"),
+    "scaling in place in train mode": (
+        lambda kind: kind(in_train_mode(lambda logits: logits.div_(0.1)), fc=fc()), "in train mode.*fc"),
+    "a class set in train mode": (
+        lambda kind: kind(in_train_mode(lambda logits: logits[:, 0].fill_(-1e4)), fc=fc()), "in train mode.*fc"),
+    "a list of layers": (listed, "fc"),
+    "a temperature behind zeros": (zeros, "fc"),
 }  # fmt: skip
 
 
@@ -170,22 +215,109 @@ def test_a_network_that_cannot_be_traced_takes_the_named_layer(name):
     assert model.proven
 
 
-@pytest.mark.parametrize("name", ["softmax", "temperature", "used twice", "two heads", "its weight read elsewhere"])
-def test_the_first_batch_decides_where_nothing_else_does(name):
+UNTRACEABLE = ["softmax", "temperature", "used twice", "two heads", "its weight read elsewhere"]
+DECEIVING = [  # a trace finds nothing wrong with these
+    "scaling in place", "log_softmax in another type", "a temperature for tensors alone", "softmax without gradients",
+    "scaling in place in train mode", "a class set in train mode", "a list of layers", "a temperature behind zeros",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, kind", [*((name, Untraceable) for name in UNTRACEABLE), *((name, Net) for name in DECEIVING)]
+)
+def test_the_first_batch_decides_where_nothing_else_does(name, kind):
     build, _ = REFUSED[name]
-    net = build(Untraceable)
+    net = build(kind)
     model = fastafd.disentangle(net)
+    assert not model.proven
     step = fastafd.AFDStep(model, net, fastafd.make_sgd(model, 0.1, 0.9, 0.0), steps=1)
-    with pytest.raises(ValueError, match="disentangle"):
+    with pytest.raises(ValueError, match="disentangle") as raised:
         step(IMAGES, LABELS.clamp(max=2))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_check_leaves_the_model_and_the_images_as_they_are():
+    def ends(net, features):
+        net.kept = features  # with a history it could not be copied
+        return net.fc(features)
+
+    net = Net(ends, fc=fc())
+    net.body.register_forward_pre_hook(lambda module, inputs: (inputs[0].sub_(0.5),))
+    x = IMAGES.clone()
+    model = fastafd.disentangle(net, example=x)
+    assert torch.equal(x, IMAGES) and model.training
+    trained = model.merge().state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+
+
+def test_other_arguments_have_their_defaults():
+    class Optional(Net):
+        def forward(self, x, temperature=None, labels=None):
+            logits = super().forward(x)
+            logits = logits if labels is None else logits - labels
+            return logits if temperature is None else logits / temperature
+
+    assert fastafd.disentangle(Optional(lambda s, f: s.fc(f), fc=fc())).linear_name == "fc"
 
 
 def test_a_hook_on_the_network_itself_is_seen():
     net = Net(lambda s, f: s.fc(f), fc=fc())
     net.register_forward_hook(lambda module, inputs, output: output.softmax(1))
-    assert not fastafd.disentangle(net).proven
-    with pytest.raises(ValueError, match="fc"):
-        fastafd.disentangle(net, example=IMAGES)
+    with pytest.raises(ValueError, match=r"softmax.*fc"):
+        fastafd.disentangle(net)
+
+
+def patched(layer):
+    """A network in which the forward of a layer was replaced by a function that holds that layer."""
+    net = Net(lambda s, f: s.fc(f), fc=fc())
+    module = net.get_submodule(layer)
+    forward = module.forward
+    module.forward = lambda x: forward(x) / 0.1
+    return net
+
+
+def with_hook(hook):
+    net = Net(lambda s, f: s.fc(f), fc=fc(), side=fc(8))
+    hook(net)
+    return net
+
+
+def own_call():
+    class Called(Net):
+        def __call__(self, x):
+            return super().__call__((x - 0.5) / 0.2)
+
+    return Called(lambda s, f: s.fc(f), fc=fc())
+
+
+SHARED = {  # a copy that would use the network it was made from; what the message says
+    "the network's forward": (lambda: patched(""), "the forward of the network itself was replaced"),
+    "the body's forward": (lambda: patched("body"), r"the forward of body \(Sequential\) was replaced"),
+    "the layer's forward": (lambda: patched("fc"), r"the forward of fc \(Linear\) was replaced"),
+    "a call of its own": (own_call, "Called has a __call__ of its own"),
+    "a function that holds a layer": (
+        lambda: with_hook(lambda net: setattr(net, "ends", lambda s, f: net.fc(f))), "reads the network"),
+    "a hook that holds a layer": (
+        lambda: with_hook(lambda net: net.body.register_forward_hook(lambda m, i, o, side=net.side: side(o))),
+        r"body \(Sequential\), such as a hook, reads its side"),
+    "a hook that holds a weight": (
+        lambda: with_hook(lambda net: net.body.register_forward_hook(lambda m, i, o, w=[net.side.bias]: o + w[0])),
+        r"reads its side\.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_copy_that_would_use_the_original_is_refused(name):
+    build, says = SHARED[name]
+    with pytest.raises(ValueError, match=says) as raised:
+        fastafd.disentangle(build())
+    assert "\n" not in str(raised.value)
+
+
+def test_hooks_that_hold_nothing_stay():
+    net = with_hook(lambda net: net.body.register_forward_hook(lambda m, i, o: o * 2))
+    model = fastafd.disentangle(net, example=IMAGES).eval()
+    torch.testing.assert_close(model(IMAGES), net.eval()(IMAGES))
 
 
 def test_a_name_that_is_no_linear_layer_is_refused():
@@ -219,6 +351,42 @@ def test_wrappers_are_taken_off(name):
     assert not any("module." in key or "_orig_mod" in key for key in model.merge().state_dict())
 
 
+class Normalised(nn.DataParallel):
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.2)
+
+
+class Renamed(nn.DataParallel):
+    """A subclass that does nothing else."""
+
+
+class Averaged(torch.optim.swa_utils.AveragedModel):
+    def forward(self, x):
+        return super().forward(x) / 0.1
+
+
+def hooked_wrapper(net):
+    wrapper = nn.DataParallel(net)
+    wrapper.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - 0.5) / 0.2,))
+    return wrapper
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("wrapper", [Normalised, Averaged, hooked_wrapper])
+def test_wrappers_that_do_something_are_refused(wrapper, inside):
+    net = wrapper(Net(lambda s, f: s.fc(f), fc=fc()))
+    with pytest.raises(ValueError, match=r"forward of its own around its module|has hooks"):
+        fastafd.disentangle(nn.Sequential(nn.Identity(), net) if inside else net)
+    assert split(Renamed(Net(lambda s, f: s.fc(f), fc=fc()))).linear_name == "fc"
+
+
+def test_a_forward_that_reads_an_inner_wrapper_is_refused_in_one_line():
+    net = Net(lambda s, f: s.fc(s.inner.module(f)), fc=fc(), inner=nn.DataParallel(nn.Identity()))
+    with pytest.raises(ValueError, match=r"its copy fails .*module") as raised:
+        fastafd.disentangle(net, example=IMAGES)
+    assert "\n" not in str(raised.value)
+
+
 def test_distributed_wrappers_are_taken_off(tmp_path):
     import torch.distributed as dist
 
@@ -245,7 +413,7 @@ def test_what_a_forward_keeps_does_not_matter():
         return net.fc(features)
 
     net = Net(keep, fc=fc())
-    assert fastafd.disentangle(net).proven
+    assert fastafd.disentangle(net).linear_name == "fc"
     assert not hasattr(net, "kept")
     net(IMAGES)
     with pytest.raises(ValueError, match="cannot be copied"):

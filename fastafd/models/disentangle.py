@@ -52,8 +52,8 @@ def disentangle(net: nn.Module, *, classifier: str | None = None, example: Tenso
 
     net: any classifier whose output is that of one nn.Linear, such as those of `fastafd.models`, torchvision and timm;
     DataParallel, DistributedDataParallel and torch.compile around it are taken off. classifier: the name of that layer.
-    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`. Without them such a network is checked
-    at the first batch of a step.
+    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`, and to compare both networks on. Without
+    them they are compared at the first batch of a step.
     The copy keeps the mode of each layer; if `net` itself is in eval mode, the whole copy is in train mode.
     Raises ValueError, which names the layer and the reason, if something else computes the output.
     Source: the AFD paper, Eq. 1; the start as the identity is that of the released code.

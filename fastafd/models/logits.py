@@ -4,14 +4,18 @@ The layer's output must be the network's output. Only log_softmax may stand behi
 cross-entropy, nor a divergence, nor the predicted class.
 
 torch.fx traces the forward, in eval mode and in train mode. Where it cannot trace, a run on example images decides.
-Without such images the last registered nn.Linear is taken, and `check_split` compares both networks at the first batch.
+Without such images the last registered nn.Linear is taken. A forward may tell a trace from a run, so `check_split`
+compares both networks on images in any case: on the example images, or at the first batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dis
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,26 +33,31 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class LogitsLayer(NamedTuple):
-    """The name of the nn.Linear; whether log_softmax is behind it; whether the forward has shown both."""
+    """The name of the nn.Linear; whether log_softmax is behind it."""
 
     name: str
     log_softmax: bool
-    proven: bool
 
 
-def unwrapped(net: nn.Module) -> nn.Module:
+def unwrapped(net: nn.Module, name: str = "") -> nn.Module:
     """The network inside DataParallel, DistributedDataParallel, AveragedModel or torch.compile.
 
-    Raises ValueError for a wrapper that cannot be taken off.
+    name: what the network is called in another one. Raises ValueError for a wrapper that cannot be taken off.
     """
-    kinds = {kind.__name__ for kind in type(net).__mro__ if kind.__module__.startswith("torch.")}
+    shown = f"{name} ({type(net).__name__})" if name else type(net).__name__
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in type(net).__mro__ if kind.__module__.startswith("torch.")}
     for kind, attribute in WRAPPERS.items():
         if kind in kinds:
-            return unwrapped(getattr(net, attribute))
+            own = type(net).forward is not kinds[kind].forward or type(net).__call__ is not kinds[kind].__call__
+            if own or ("forward" in vars(net) and kind != "OptimizedModule"):
+                raise ValueError(f"{shown} has a forward of its own around its {attribute}; write it into the network")
+            if any(getattr(net, hooks) for hooks in HOOKS):
+                raise ValueError(f"{shown} has hooks, which are lost with it; register them on its {attribute}")
+            return unwrapped(getattr(net, attribute), name)
     if isinstance(net, torch.jit.ScriptModule):
-        raise ValueError(f"{type(net).__name__} is a compiled script; take the nn.Module that it was made from")
+        raise ValueError(f"{shown} is a compiled script; take the nn.Module that it was made from")
     if "FullyShardedDataParallel" in kinds or any(hasattr(p, "placements") for p in net.parameters()):
-        raise ValueError(f"{type(net).__name__} has sharded weights; take the network before it is sharded")
+        raise ValueError(f"{shown} has sharded weights; take the network before it is sharded")
     return net
 
 
@@ -57,10 +66,10 @@ def copied(net: nn.Module) -> nn.Module:
 
     Raises ValueError if the network cannot be copied or unwrapped.
     """
-    net = unwrapped(net)
+    source = unwrapped(net)
     try:
         with torch.inference_mode(False):
-            net = copy.deepcopy(net)
+            net = copy.deepcopy(source)
     except (RuntimeError, TypeError) as error:
         results = [
             f"{path}.{name}".lstrip(".")
@@ -72,9 +81,50 @@ def copied(net: nn.Module) -> nn.Module:
         raise ValueError(f"{type(net).__name__} cannot be copied: {what.splitlines()[0]}") from error
     for name, module in list(net.named_modules()):
         module._compiled_call_impl = None  # of net.compile()
-        if name and (inner := unwrapped(module)) is not module:
+        if name and (inner := unwrapped(module, name)) is not module:
             net.set_submodule(name, inner)
+    check_copy(net, source)
     return net
+
+
+def check_copy(net: nn.Module, source: nn.Module) -> None:
+    """Raise ValueError if a function that the copy keeps would use the network that it was copied from."""
+    kind = type(net).__name__
+    if type(net).__call__ is not nn.Module.__call__ and not isinstance(net, fx.GraphModule):
+        raise ValueError(f"{kind} has a __call__ of its own; pass nn.Sequential(net), or write it into the forward")
+    theirs = {id(tensor): f"its {name}" for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    theirs |= {id(module): f"its {name}" if name else "the network" for name, module in source.named_modules()}
+    for path, module in net.named_modules():
+        where = f"{path} ({type(module).__name__})" if path else "the network itself"
+        if "forward" in vars(module):
+            raise ValueError(f"{kind} cannot be copied: the forward of {where} was replaced; use a subclass instead")
+        held = [theirs[id(value)] for value in _held(vars(module), set()) if id(value) in theirs]
+        if held:
+            raise ValueError(
+                f"{kind} cannot be copied: a function kept in {where}, such as a hook, reads {held[0]}, and would read"
+                " that of the original; let it read its arguments instead"
+            )
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[nn.Module | Tensor]:
+    """The modules and tensors in a container, and those that its functions use from outside."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: list[Any] = []
+    if isinstance(value, (nn.Module, Tensor)):
+        yield value
+    elif isinstance(value, FunctionType):
+        used = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
+        shared = [value.__globals__[name] for name in used & value.__globals__.keys()]
+        inner += [item for item in shared if isinstance(item, (nn.Module, Tensor))]
+        inner += [*gc.get_referents(*(value.__closure__ or ())), value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, MethodType):
+        inner += [value.__self__, value.__func__]
+    elif isinstance(value, (dict, list, tuple)):
+        inner += value.values() if isinstance(value, dict) else value
+    for item in inner:
+        yield from _held(item, seen)
 
 
 def find_logits_layer(net: nn.Module, name: str | None = None, example: Tensor | None = None) -> LogitsLayer:
@@ -93,14 +143,14 @@ def find_logits_layer(net: nn.Module, name: str | None = None, example: Tensor |
     if len(results) < 2 and example is not None:
         results = [layer_by_run(net, example, training) for training in (False, True)]
     if not results:
-        results = [LogitsLayer(name or last_linear(net), False, False)]
+        results = [LogitsLayer(name or last_linear(net), False)]
     layer = results[0]
-    if any(result[:2] != layer[:2] for result in results):
+    if any(result != layer for result in results):
         raise refusal(net, f"{layer.name} computes its output in eval mode, {results[1].name} in train mode")
     if name is not None and layer.name != name:
         raise refusal(net, f"{layer.name} computes its output, not {name}")
     check_layer(net, layer.name)
-    return layer._replace(proven=len(results) == 2 and all(result.proven for result in results))
+    return layer
 
 
 def refusal(net: nn.Module, reason: str) -> ValueError:
@@ -125,6 +175,8 @@ def check_layer(net: nn.Module, name: str) -> None:
         raise refusal(net, f"{name} is a LazyLinear without weights; run the network once first")
     if any(getattr(layer, hooks) for hooks in HOOKS):
         raise refusal(net, f"{name} has hooks, such as those of weight_norm or spectral_norm; remove them first")
+    if layer.out_features < 2:
+        raise refusal(net, f"{name} has {layer.out_features} output, takes one for each of at least 2 classes")
     names = [key for key, module in net.named_modules(remove_duplicate=False) if module is layer]
     if len(names) > 1:
         raise refusal(net, f"one layer has the names {' and '.join(names)}")
@@ -146,10 +198,20 @@ def last_linear(net: nn.Module) -> str:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that does not look into subclasses of nn.Linear."""
+    """A tracer that does not look into subclasses of nn.Linear.
+
+    It calls the network as a user does: with images alone, so that other arguments have their defaults, and with hooks.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m is self.root:
+            return False
         return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        return super().create_args_for_root(lambda net, x: net(x), is_module, concrete_args)
 
 
 def trace(net: nn.Module, training: bool) -> fx.Graph | None:
@@ -172,11 +234,10 @@ def traced_layer(net: nn.Module, graph: fx.Graph, training: bool) -> LogitsLayer
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(output, fx.Node):
         raise refusal(net, f"in {mode} mode {returns(output)}")
-    node, log_softmax, alone = output, False, len(output.users) == 1
+    node, log_softmax = output, False
     while _is_identity(node, layers) or _is_log_softmax(node, layers):
         log_softmax |= _is_log_softmax(node, layers)
         (node,) = node.all_input_nodes
-        alone &= len(node.users) == 1
     layer = layers.get(str(node.target)) if node.op == "call_module" else None
     before = next((n for n in reversed(graph.nodes) if _calls_linear(n, layers) and _leads_to(n, node)), None)
     if not isinstance(layer, nn.Linear):
@@ -188,12 +249,10 @@ def traced_layer(net: nn.Module, graph: fx.Graph, training: bool) -> LogitsLayer
     calls = sum(n.op == "call_module" and layers.get(str(n.target)) is layer for n in graph.nodes)
     if calls > 1:
         raise refusal(net, f"in {mode} mode {name} is called {calls} times")
-    if any(n.op == "get_attr" and str(n.target).startswith(f"{name}.") for n in graph.nodes):
-        raise refusal(net, f"the weight of {name} is also read elsewhere in the forward")
-    # What torch.fx does not see: hooks of the modules around the layer, and changes of the output in place.
-    around = [layers[""], *(layers[name.rsplit(".", k)[0]] for k in range(1, name.count(".") + 1))]
-    hooked = any(getattr(module, hooks) for module in around for hooks in HOOKS)
-    return LogitsLayer(name, log_softmax, proven=alone and not hooked)
+    for n in graph.nodes:
+        if n.op == "get_attr" and str(n.target).startswith(f"{name}."):
+            raise refusal(net, f"{n.target} is also read elsewhere in the forward, even if only its type or device")
+    return LogitsLayer(name, log_softmax)
 
 
 def _is_identity(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
@@ -245,47 +304,82 @@ def returns(output: object) -> str:
 # -- by a run -----------------------------------------------------------------------------------------------------
 
 
-def layer_by_run(net: nn.Module, example: Tensor, training: bool) -> LogitsLayer:
-    """The layer that returns the network's output on the example images. ValueError if there is none."""
-    shadow = copy.deepcopy(net)
-    if training != shadow.training:
-        shadow.train(training)
-    calls: dict[str, list[tuple[torch.Size, Any]]] = {}
+def same(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """True if the tensors differ by at most `tolerance` times the largest value, 30 times as much in 16 bits."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    x, y = x.detach(), y.detach()
+    tolerance *= 1 if torch.finfo(y.dtype).bits >= 32 else 30
+    return torch.allclose(x, y, 0, tolerance * (1e-3 + float(y.nan_to_num(0, 0, 0).abs().max())), equal_nan=True)
+
+
+class Call(NamedTuple):
+    """A call of an nn.Linear: the shape of its input, its result, and a copy of the result."""
+
+    shape: torch.Size
+    result: Tensor
+    copy: Tensor
+
+    def makes(self, output: Tensor) -> bool:
+        """True if the network's output is the result, unchanged since."""
+        return same(self.copy, output, 0.0)
+
+    def makes_log_softmax(self, output: Tensor) -> bool:
+        """True if the network's output is the log_softmax of the result (B,C), and not equal to it."""
+        return self.copy.dim() == 2 and not self.makes(output) and same(self.copy.log_softmax(1), output, 1e-5)
+
+
+def noted(net: nn.Module, x: Tensor, training: bool) -> tuple[Tensor, dict[str, list[Call]]]:
+    """The output of a network on images, and the calls of each nn.Linear. The network is changed: pass a copy."""
+    calls: dict[str, list[Call]] = {}
 
     def hook(name: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls.setdefault(name, []).append((inputs[0].shape, output))
+        def note(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            (features,) = [*inputs, *keywords.values()]
+            calls.setdefault(name, []).append(Call(features.shape, output, output.detach().clone()))
 
         return note
 
-    for name, layer in shadow.named_modules():
+    if training != net.training:
+        net.train(training)
+    for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(hook(name))
-    x = on_device(example, shadow)
-    with same_draws(), torch.no_grad():
-        output = shadow(torch.cat([x, x]) if training else x)  # BatchNorm in train mode needs two images
-    mode = "train" if training else "eval"
+            layer.register_forward_hook(hook(name), with_kwargs=True)
+    # BatchNorm in train mode needs two images
+    output = run(net, torch.cat([x, x]) if training else x, net, "its copy fails")
     if not isinstance(output, Tensor):
-        raise refusal(net, f"in {mode} mode {returns(output)}")
-    made = {name: [result for _, result in results] for name, results in calls.items()}
-    names = [name for name, results in made.items() if any(result is output for result in results)]
-    logs = [name for name, results in made.items() if any(_log_softmax_is(result, output) for result in results)]
+        raise refusal(net, f"in {'train' if training else 'eval'} mode {returns(output)}")
+    return output, calls
+
+
+def run(part: Callable[[Tensor], Any], x: Tensor, net: nn.Module, fails: str) -> Any:
+    """What a part of the network returns on images, which stay as they are. ValueError with `fails` if it fails."""
+    try:
+        with same_draws():
+            return part(x.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a forward may do anything
+        raise refusal(net, f"{fails} ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+
+
+@torch.no_grad()
+def layer_by_run(net: nn.Module, example: Tensor, training: bool) -> LogitsLayer:
+    """The layer that returns the network's output on the example images. ValueError if there is none."""
+    mode = "train" if training else "eval"
+    output, calls = noted(copy.deepcopy(net), on_device(example, net), training)
+    names = [name for name, made in calls.items() if any(call.makes(output) for call in made)]
+    names.sort(key=lambda name: any(call.result is output for call in calls[name]))
+    logs = [name for name, made in calls.items() if any(call.makes_log_softmax(output) for call in made)]
     if not names + logs:
         last = f"; the nn.Linear called last is {list(calls)[-1]}" if calls else ""
         raise refusal(net, f"in {mode} mode its output is not that of an nn.Linear{last}")
-    name = (names + logs)[0]
+    name = (names or logs)[-1]
     if len(calls[name]) > 1:
         raise refusal(net, f"in {mode} mode {name} is called {len(calls[name])} times")
-    if len(calls[name][0][0]) != 2:
-        raise refusal(net, f"the input of {name} is {tuple(calls[name][0][0])}, takes features (B,D)")
-    return LogitsLayer(name, not names, proven=False)  # `check_split` proves it, with other weights too
-
-
-def _log_softmax_is(logits: Tensor, output: Tensor) -> bool:
-    """True if `output` is the log_softmax of the logits (B,C), and not equal to them."""
-    if logits.shape != output.shape or logits.dim() != 2:
-        return False
-    return torch.allclose(logits.log_softmax(1), output, atol=1e-5) and not torch.equal(logits, output)
+    if len(calls[name][0].shape) != 2:
+        raise refusal(net, f"the input of {name} is {tuple(calls[name][0].shape)}, takes features (B,D)")
+    return LogitsLayer(name, not names)
 
 
 def on_device(x: Tensor, net: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastafd.models.logits import copied, find_logits_layer, on_device, refusal, same_draws
+from fastafd.models.logits import copied, find_logits_layer, noted, on_device, refusal, run, same
 from fastafd.models.modes import eval_mode, wholly_eval
 
 
@@ -18,9 +18,9 @@ class Tap(nn.Module):
 
     value: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.value = x
-        return x
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        self.value = input
+        return input
 
 
 class Tapped(nn.Module):
@@ -45,11 +45,11 @@ class SplitNet(nn.Module):
     """A classifier in two parts, `backbone` (pooled features g) and `classifier`. `split` makes it.
 
     log_softmax: True if the source returns log-probabilities, and so does this model's forward.
-    proven: True if it is known to compute what its source computes; else `check_split` finds out on the first batch.
+    proven: True once `check_split` has compared it with its source on images; a step does so with its first batch.
     """
 
     log_softmax: bool = False
-    proven: bool = True
+    proven: bool = False
 
     def __init__(self, backbone: nn.Module, linear_name: str, classifier: nn.Linear):
         super().__init__()
@@ -100,8 +100,8 @@ def split(
 
     net: any classifier whose output is that of one nn.Linear, such as those of `fastafd.models`, torchvision and timm;
     DataParallel, DistributedDataParallel and torch.compile around it are taken off. classifier: the name of that layer.
-    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`. Without them such a network is checked
-    at the first batch of a step.
+    example: images (B,3,H,W) to find it by, where torch.fx cannot trace `net`, and to compare both networks on. Without
+    them they are compared at the first batch of a step.
     Raises ValueError, which names the layer and the reason, if something else computes the output.
     """
     net = copied(net)
@@ -112,47 +112,50 @@ def split(
     assert isinstance(linear, nn.Linear)
     in_eval = wholly_eval(net)
     tap = (Tap() if layer.log_softmax else nn.Identity()).train(linear.training)
+    vars(tap).update(in_features=linear.in_features, out_features=linear.out_features)  # a forward may read them
     net.set_submodule(layer.name, tap)
     backbone = Tapped(net, tap) if isinstance(tap, Tap) else net
     with torch.inference_mode(False):
         halves = into(backbone, layer.name, linear)
     if in_eval:
         halves.train()
-    halves.log_softmax, halves.proven = layer.log_softmax, layer.proven
-    if example is not None and not layer.proven:
+    halves.log_softmax = layer.log_softmax
+    if example is not None:
         check_split(halves, example)
     return halves
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
 def check_split(model: SplitNet, x: Tensor) -> None:
-    """Check on images (B,3,H,W) that the model computes what its merged network computes, for any last weight.
+    """Check on a few of the images (B,3,H,W) that the model computes what its merged network computes.
 
+    It does so in eval mode, with gradients and without; in train mode it checks that the merged network returns what
+    its last layer does. The last weight is another one, which shows whether something else reads it, too.
     Raises ValueError if the outputs differ.
     """
-    x = on_device(x, model)
-    weight = model.classifier.weight
+    x = on_device(x[:8], model).clone()
+    weight, name = model.classifier.weight.detach(), model.linear_name
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    moved = weight + 0.1 * weight.std() * noise  # another weight shows whether something else reads it, too
+    moved = weight + (0.1 * weight.std() + 0.01) * noise  # a weight of zeros moves, too
     whole = model._whole(moved)
-    name = model.linear_name
-    with eval_mode(whole), eval_mode(model):
-        with same_draws():
-            expected = whole(x)
-        try:
-            with same_draws():
-                features = model.features(x)
-        except Exception as error:  # such as for F.linear(features, self.fc.weight)
-            raise refusal(whole, f"without {name} its forward fails ({str(error).splitlines()[0]})") from error
-    if not isinstance(expected, Tensor) or not isinstance(features, Tensor):
-        got = expected if not isinstance(expected, Tensor) else features
-        raise refusal(whole, f"it returns a {type(got).__name__}, takes one tensor of logits")
-    if features.dim() != 2 or features.shape[1] != model.classifier.in_features:
-        raise refusal(whole, f"without {name} it returns {tuple(features.shape)}, takes features (B,D)")
-    logits = F.linear(features, moved, model.classifier.bias)
-    logits = logits.log_softmax(1) if model.log_softmax else logits
-    difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
-    bound = 1e-3 if torch.finfo(weight.dtype).bits >= 32 else 3e-2
-    if not difference <= bound * float(expected.abs().max()) + 1e-6:
-        raise refusal(whole, f"something else than {name} computes its output (they differ by {difference:.2g})")
+    for gradients in (True, False):  # without them last: a network that keeps a result with a history cannot be copied
+        with torch.set_grad_enabled(gradients), eval_mode(whole), eval_mode(model):
+            expected = run(whole, x, whole, "its copy fails")
+            features = run(model.features, x, whole, f"without {name} its forward fails")
+        if not isinstance(expected, Tensor) or not isinstance(features, Tensor):
+            got = expected if not isinstance(expected, Tensor) else features
+            raise refusal(whole, f"it returns a {type(got).__name__}, takes one tensor of logits")
+        if features.dim() != 2 or features.shape[1] != model.classifier.in_features:
+            raise refusal(whole, f"without {name} it returns {tuple(features.shape)}, takes features (B,D)")
+        logits = run(lambda f: F.linear(f, moved, model.classifier.bias), features, whole, f"{name} alone fails")
+        logits = logits.log_softmax(1) if model.log_softmax else logits
+        if not same(logits, expected, 1e-3):
+            mode = "with gradients" if gradients else "without gradients"
+            raise refusal(whole, f"in eval mode, {mode}, something else than {name} computes its output")
+    with torch.enable_grad():
+        output, calls = noted(whole, x, training=True)
+    made = calls.get(name, [])
+    ends = [call.makes_log_softmax(output) if model.log_softmax else call.makes(output) for call in made]
+    if ends != [True]:
+        raise refusal(whole, f"in train mode something else than {name} computes its output")
     model.proven = True

@@ -470,10 +470,11 @@ def _split_teacher(teacher: nn.Module, student: nn.Module, device: torch.device)
     if isinstance(teacher, SplitNet):
         whole = copy.deepcopy(teacher)
     else:
-        whole = split(teacher)
-        name = student.linear_name if isinstance(student, SplitNet) else ""
-        if not whole.proven and isinstance(dict(teacher.named_modules()).get(name), nn.Linear):
-            whole = split(teacher, classifier=name)  # the layer that the user has named for the student
+        name = student.linear_name if isinstance(student, SplitNet) else None
+        try:
+            whole = split(teacher, classifier=name)  # the layer that the user may have named for the student
+        except ValueError:
+            whole = split(teacher)
     if isinstance(student, SplitNet) and whole.classifier.in_features != student.classifier.in_features:
         raise ValueError(
             f"the teacher has {whole.classifier.in_features} features, the model {student.classifier.in_features}"
