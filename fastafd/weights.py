@@ -15,12 +15,14 @@ import json
 import re
 import types
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -33,16 +35,21 @@ Report = Callable[[str], None]
 
 SAVE_ANEW = "torch.save(model.state_dict(), FILE)"
 DEPTH = 20  # of dicts and lists in each other
+LEAST_STD = 0.01  # of pixels in [0,1]; a smaller one is a mistake
 CLOSE = 0.005  # two normalisations whose numbers differ by less are the same
 MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """A dict of tensors in a file. place: the keys that lead to it, such as ("checkpoint", "state_dict")."""
+    """A dict of tensors in a file. place: the keys that lead to it, such as ("checkpoint", "state_dict").
+
+    constants: what is named as a mean or a standard deviation in it, plain numbers too.
+    """
 
     place: tuple[str, ...]
     tensors: Tensors
+    constants: Tensors
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,32 @@ def read_weights(path: Path, field: str = "weights") -> Weights:
     """
     if not path.is_file():
         raise UsageError(f"{field}: got {path}, takes a file of weights, and there is none")
-    if path.suffix == ".safetensors":
+    if is_safetensors(first_bytes(path, field)):
         return read_safetensors(path, field)
     content = load_pickle(path, field, f"; save the weights anew: {SAVE_ANEW}")
     weights = Weights(path, field, {}, find_states(content))
-    if not weights.states:
-        raise weights.error("holds no state dict")
+    if not any(state.tensors for state in weights.states):
+        meta = any(isinstance(x, Tensor) and x.is_meta for _, entries in containers(content) for x in entries.values())
+        raise weights.error(
+            "holds no state dict" + (", only tensors on the device meta, which have no numbers" if meta else "")
+        )
     return weights
+
+
+def first_bytes(path: Path, field: str) -> bytes:
+    """The first bytes of a file, which say of what kind it is. UsageError if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except FileNotFoundError:
+        raise UsageError(f"{field}: got {path}, and there is no such file") from None
+    except OSError as error:
+        raise UsageError(f"{field}: {path} cannot be opened: {error.strerror}") from None
+
+
+def is_safetensors(head: bytes) -> bool:
+    """True for the first bytes of a safetensors file: the length of a JSON header, which is below 100 MB, and it."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
 def read_safetensors(path: Path, field: str) -> Weights:
@@ -89,8 +115,7 @@ def read_safetensors(path: Path, field: str) -> Weights:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # what a damaged file raises depends on the damage
         raise UsageError(f"{field}: {path} is not a complete safetensors file: {error}") from None
-    tensors = {name: value for name, value in tensors.items() if plain(value)}
-    return Weights(path, field, parse_header(metadata.get("fastafd"), path, field), [StateDict((), tensors)])
+    return Weights(path, field, parse_header(metadata.get("fastafd"), path, field), find_states(tensors))
 
 
 def load_pickle(path: Path, field: str, remedy: str = "") -> Any:
@@ -99,26 +124,63 @@ def load_pickle(path: Path, field: str, remedy: str = "") -> Any:
     remedy: the end of the error message for a file that holds other objects. Raises UsageError for any file that cannot
     be read, and names the first object that is not allowed.
     """
+    head = first_bytes(path, field)
     try:
         with torch.serialization.safe_globals(allowed()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other pickle protocols; the error below says what counts
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{field}: got {path}, and there is no such file") from None
+            with path.open("rb") as file:  # by its path, torch.load refuses a .safetensors, whatever it holds
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on the damage
-        raise UsageError(f"{field}: {path} cannot be read: {reason(str(error), remedy)}") from None
+        raise UsageError(f"{field}: {path} cannot be read: {reason(str(error), path, head, remedy)}") from None
 
 
-def reason(error: str, remedy: str) -> str:
-    """Why torch.load has refused a file, in our words."""
+# What files are that no torch.save has written, by their first bytes.
+FOREIGN = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself; run git lfs pull",
+    b"<": "it is a page of HTML or XML, not the file itself; download the file anew",
+    b"\x1f\x8b": "it is compressed by gzip; unpack it first",
+    b"BZh": "it is compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "it is compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd; unpack it first",
+    b"\x93NUMPY": "it is an array of numpy",
+    b"\x89HDF": "it is an HDF5 file, as Keras writes",
+}
+
+
+def reason(error: str, path: Path, head: bytes, remedy: str) -> str:
+    """Why torch.load has refused a file with these first bytes, in our words."""
+    if not head:
+        return "it is empty"
+    for start, kind in FOREIGN.items():
+        if head.lstrip().startswith(start):
+            return kind
+    names = zip_names(path)
+    if names and all(name.endswith(".npy") for name in names):
+        return f"it is an archive of numpy arrays{remedy}"
+    if names and not any(name.endswith("data.pkl") for name in names):
+        return "it is a zip archive of other files; unpack it first"
     named = re.search(r"GLOBAL (\S+)", error)
     if named:
-        return f"it holds more than tensors, {named[1]}, and reading it would run code{remedy}"
+        return f"it holds more than tensors, {named[1]}, which is not read{remedy}"
     if "TorchScript" in error:
         return f"it holds a TorchScript program{remedy}"
     if "operand 149" in error:  # the first instruction of a newer pickle
         return f"it was saved with a pickle_protocol above 2{remedy}"
-    return "it is truncated or not a PyTorch file"
+    saved = head.startswith((b"PK", b"\x80", b"L119547037146038801333356L"))  # the last: torch.save, protocol 0 or 1
+    if saved and "operand" in error:
+        return f"it is damaged, or was saved with another pickle_protocol than 2{remedy}"
+    if head.startswith(b"\x80") and "magic number" in error:
+        return f"it is a plain pickle, not a file of torch.save{remedy}"
+    return "it is truncated, or neither a PyTorch nor a safetensors file"
+
+
+def zip_names(path: Path) -> list[str]:
+    """The names in a zip archive; none for any other file, or a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception:  # what a damaged file raises depends on the damage
+        return []
 
 
 class Inert:
@@ -134,10 +196,45 @@ class Inert:
         pass
 
 
-# Objects that lie beside weights in ordinary files. None of them is built: each becomes an Inert.
+class NumberType(Inert):
+    """Stands for a dtype of numpy. name: such as "<f4"."""
+
+    name = ""
+
+    def __init__(self, name: object = "", *_: object) -> None:
+        self.name = str(name)
+
+    def __setstate__(self, state: Any) -> None:
+        self.name = f"{state[1]}{self.name}"  # the order of the bytes
+
+
+class Array(Inert):
+    """Stands for an array or a number of numpy. content: shape, type, whether in Fortran's order, bytes."""
+
+    content: tuple[Any, ...] = ()
+
+    def __init__(self, *values: object) -> None:
+        if isinstance(values[0], NumberType):  # a number
+            self.content = ((), values[0], False, values[1])
+
+    def __setstate__(self, state: Any) -> None:
+        self.content = tuple(state[1:])
+
+    def tensor(self) -> Tensor | None:
+        """The same numbers as a tensor; None for anything but numbers."""
+        try:
+            shape, kind, fortran, data = self.content
+            if not re.fullmatch(r"[<>|=]?[biuf][1248]", kind.name):
+                return None
+            numbers = np.frombuffer(data, kind.name).reshape(shape, order="F" if fortran else "C")
+            return torch.from_numpy(np.array(numbers, numbers.dtype.newbyteorder("="), order="C"))
+        except (AttributeError, TypeError, ValueError):  # what torch has not, or a damaged file
+            return None
+
+
+# Objects that lie beside weights in ordinary files. None of them is built: each becomes an Inert, which keeps nothing.
 UNNEEDED = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *("numpy.ndarray", "numpy.dtype"),
+    "numpy.ndarray",
     *(f"pathlib.{name}Path" for name in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")),
     *(f"pathlib._local.{name}Path" for name in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")),
     *(f"builtins.{name}" for name in ("bytes", "dict", "float", "int", "list", "range", "str", "tuple")),
@@ -153,24 +250,40 @@ def empty_dict(*_: object) -> dict[object, object]:
 
 def allowed() -> list[Any]:
     """What may occur in a file beside tensors and plain values: (what it becomes, its name) or the class itself."""
-    unneeded = [(Inert, name) for name in UNNEEDED]
-    return [*unneeded, (empty_dict, "collections.defaultdict"), argparse.Namespace, types.SimpleNamespace]
+    stand_ins: list[Any] = [(Inert, name) for name in UNNEEDED]
+    cores = ("numpy.core.multiarray", "numpy._core.multiarray")
+    arrays = [(Array, f"{core}.{name}") for core in cores for name in ("_reconstruct", "scalar")]
+    stand_ins += [(NumberType, "numpy.dtype"), (empty_dict, "collections.defaultdict")]
+    return [*stand_ins, *arrays, argparse.Namespace, types.SimpleNamespace]
 
 
 def find_states(content: Any) -> list[StateDict]:
-    """Every dict with tensors in nested dicts, lists and namespaces, the outer ones first."""
-    states, seen = [], set()
+    """Every dict with tensors, or with constants of a normalisation, the outer ones first."""
+    states = []
+    for place, entries in containers(content):
+        named = {name: value for name, value in entries.items() if isinstance(name, str)}
+        tensors = {name: tensor for name, value in named.items() if (tensor := tensor_of(value)) is not None}
+        constants = {}
+        for name in named:
+            numbers = numbers_of(named[name]) if constant(name) else None
+            if numbers is not None:
+                constants[name] = numbers
+        if tensors or constants:
+            states.append(StateDict(place, tensors, constants))
+    return states
+
+
+def containers(content: Any) -> Iterable[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """The place and the entries of every nested dict, list and namespace, the outer ones first."""
+    seen = set()
     found: list[tuple[tuple[str, ...], Any]] = [((), content)]
     for place, container in found:  # which grows
         if id(container) in seen or len(place) > DEPTH:
             continue
         seen.add(id(container))
         entries = dict(entries_of(container))
-        tensors = {name: value for name, value in entries.items() if isinstance(name, str) and plain(value)}
-        if tensors:
-            states.append(StateDict(place, tensors))
+        yield place, entries
         found += [((*place, str(name)), value) for name, value in entries.items() if isinstance(value, CONTAINERS)]
-    return states
 
 
 CONTAINERS = (dict, list, tuple, argparse.Namespace, types.SimpleNamespace)
@@ -194,6 +307,27 @@ NUMBERS = {
 def plain(value: Any) -> bool:
     """True for a tensor of ordinary numbers: not sparse, nested, quantised, or without data."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in NUMBERS and not value.is_meta
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """A plain tensor, or an array of numpy as one; None for anything else, a single number of numpy too."""
+    if isinstance(value, Array):
+        value = value.tensor()
+        return value if plain(value) and value.dim() else None
+    return value if plain(value) else None
+
+
+def numbers_of(value: Any, depth: int = 4) -> Tensor | None:
+    """A tensor, an array, a number, or a short list of these, as a tensor; None for anything else."""
+    if isinstance(value, Array):
+        return value.tensor()
+    if isinstance(value, (list, tuple)) and depth and 0 < len(value) <= 3:
+        parts = [numbers_of(part, depth - 1) for part in value]
+        alike = [part.float() for part in parts if part is not None and part.shape == getattr(parts[0], "shape", None)]
+        return torch.stack(alike) if len(alike) == len(value) else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor(value if abs(value) < 1e30 else torch.inf, dtype=torch.float32)
+    return value if plain(value) else None
 
 
 # -- the header of a file of fastafd ------------------------------------------------------------------------------
@@ -307,8 +441,8 @@ def fit_weights(net: nn.Module, weights: Weights, report: Report) -> None:
     """Load into `net`, a classifier of `build_model`, the state dict that fits it, and the file's normalisation.
 
     report: gets a line for everything that was left out, and for a normalisation that differs from the net's.
-    Raises UsageError if none fits or several do equally, for a normalisation that `net` has no layer for, and for
-    numbers that are not finite.
+    Raises UsageError if none fits or several do equally, for a normalisation or another layer before the classifier
+    that `net` has no layer for, and for numbers that cannot be.
     """
     layer = net[0] if isinstance(net, nn.Sequential) and isinstance(net[0], Normalize) else None
     core = net[1] if isinstance(net, nn.Sequential) and layer is not None else net
@@ -319,11 +453,11 @@ def fit_weights(net: nn.Module, weights: Weights, report: Report) -> None:
         raise weights.error(misfit(closest(matches), core, own))
     taken = preferred(fitting, weights, report)
 
-    tensors = taken.tensors
-    check_finite(tensors, weights)
-    normalisation = normalisation_of(taken, weights)
+    tensors = {name: cast(value, own[name]) for name, value in taken.tensors.items()}
+    check_numbers(tensors, weights)
+    normalisation = normalisation_of(taken, [match for match in matches if match.names], weights)
     if normalisation is not None:
-        check_finite(normalisation._asdict(), weights)
+        check_numbers(normalisation._asdict(), weights)
         set_normalisation(layer, normalisation, weights, report)
     say_what_is_left(taken, fitting, weights, report)
     core.load_state_dict({name: tensors.get(name, value) for name, value in own.items()})
@@ -356,7 +490,7 @@ def prefixes(names: Iterable[str], own: Tensors) -> set[str]:
 def match_below(prefix: str, below: Iterable[str], state: StateDict, own: Tensors) -> Match:
     """The match of the tensors `below` a prefix, which are full names."""
     tensors = state.tensors
-    normalising = {name for pair in pairs(tensors).values() for name in pair}
+    normalising = {name for pair in pairs(state.constants).values() for name in pair}
     names: dict[str, str] = {}
     unknown = []
     for name in below:
@@ -366,13 +500,24 @@ def match_below(prefix: str, below: Iterable[str], state: StateDict, own: Tensor
         elif key not in IGNORED and not key.startswith(UNUSED) and name not in normalising:
             unknown.append(name)
     missing = [key for key in own if key not in names and not key.endswith(COUNTER)]
-    other_shape = [key for key in own if key in names and unlike(tensors[names[key]], own[key])]
+    other_shape = [key for key in own if key in names and unlike(key, tensors[names[key]], own[key])]
     return Match(state, prefix, names, missing, unknown, other_shape)
 
 
-def unlike(tensor: Tensor, own: Tensor) -> bool:
-    """True for another shape, and for whole numbers where the architecture has fractions, as quantised weights are."""
-    return tensor.shape != own.shape or tensor.is_floating_point() != own.is_floating_point()
+def unlike(key: str, tensor: Tensor, own: Tensor) -> bool:
+    """True for another shape, and for whole numbers where the architecture has fractions, as quantised weights are.
+
+    A counter may be a fraction, as averages of it are.
+    """
+    other_kind = tensor.is_floating_point() != own.is_floating_point()
+    return tensor.shape != own.shape or (other_kind and not key.endswith(COUNTER))
+
+
+def cast(tensor: Tensor, own: Tensor) -> Tensor:
+    """The tensor in the type of the architecture's; a counter beyond its type, which no forward pass reads, is 0."""
+    if tensor.is_floating_point() and not own.is_floating_point():
+        tensor = tensor.nan_to_num(0, 0, 0)
+    return tensor.to(own.dtype)
 
 
 def closest(matches: Sequence[Match]) -> Match:
@@ -444,22 +589,38 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-def check_finite(tensors: Tensors, weights: Weights) -> None:
-    """Raise UsageError, with its name, for a tensor that holds NaN or infinity."""
+def check_numbers(tensors: Tensors, weights: Weights) -> None:
+    """Raise UsageError, with its name, for a tensor that holds NaN, infinity, or a variance below 0."""
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise weights.error(f"holds numbers that are not finite, in {name}")
+            raise weights.error(f"holds numbers that are not finite, in {name} as {str(value.dtype)[6:]}")
+        if name.endswith("running_var") and (value < 0).any():
+            raise weights.error(f"holds variances below 0, in {name}")
 
 
 def say_what_is_left(taken: Match, fitting: Sequence[Match], weights: Weights, report: Report) -> None:
-    """A line that names the tensors of the same state dict that nobody takes."""
+    """A line that names the tensors of the same state dict that nobody takes.
+
+    Raises UsageError for those of a layer that changes the images: fractions before the classifier, or one for each
+    channel of an image.
+    """
     tensors = taken.state.tensors
     known = tuple(match.prefix for match in fitting if match.state is taken.state)
-    normalising = {name for pair in pairs(tensors).values() for name in pair}
+    normalising = {name for pair in pairs(taken.state.constants).values() for name in pair}
     left = [n for n in tensors if not n.startswith(known) and n not in normalising and parts(n)[-1:] != IGNORED]
+    order = list(tensors)
+    before = set(order[: min(map(order.index, taken.names.values()))])
+    layer = [n for n in left if tensors[n].is_floating_point() and (n in before or tensors[n].numel() == 3)]
+    if layer:
+        raise weights.error(f"holds a layer that is not read, {listed(layer)}, beside {shown(taken)}; {TAKES_A_PAIR}")
     if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        report(f"{weights.path}: took {shown(taken)}; {', '.join(left[:3])}{more} left out")
+        report(f"{weights.path}: took {shown(taken)}; {listed(left)} left out")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of the names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 # -- normalisation ------------------------------------------------------------------------------------------------
@@ -481,32 +642,72 @@ class Normalisation(NamedTuple):
 
 
 MEAN, STD = re.compile(r"(?!running_)(.*_)?(mean|mu)"), re.compile(r"(.*_)?(std|sigma)")
+PLAIN_NAMES = ("mean", "mu", "std", "sigma")
+TAKES_A_PAIR = f"takes a mean and a std of three numbers each, or weights alone: {SAVE_ANEW}"
 
 
-def pairs(tensors: Tensors) -> dict[str, tuple[str, str]]:
-    """The names of a mean and a standard deviation of three numbers, by the prefix that they share."""
+def constant(name: str) -> bool:
+    """True for the name of a mean or a standard deviation."""
+    last = name.rpartition(".")[2]
+    return bool(MEAN.fullmatch(last) or STD.fullmatch(last))
+
+
+def by_kind(names: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """The names of means and of standard deviations, by the prefix that they share."""
     found: dict[str, tuple[list[str], list[str]]] = {}
-    for name, value in tensors.items():
+    for name in names:
         scope, _, last = name.rpartition(".")
-        for index, kind in enumerate((MEAN, STD)):
-            if kind.fullmatch(last) and value.numel() == 3:
-                found.setdefault(scope, ([], []))[index].append(name)
+        found.setdefault(scope, ([], []))[0 if MEAN.fullmatch(last) else 1].append(name)
+    return found
+
+
+def pairs(constants: Tensors) -> dict[str, tuple[str, str]]:
+    """The names of a mean and a standard deviation of three numbers, by the prefix that they share."""
+    found = by_kind(name for name, value in constants.items() if value.numel() == 3)
     return {scope: (mean[0], std[0]) for scope, (mean, std) in found.items() if len(mean) == len(std) == 1}
 
 
-def normalisation_of(taken: Match, weights: Weights) -> Normalisation | None:
-    """The normalisation that stands before the taken tensors, or None.
+def unpaired(constants: Tensors) -> list[str]:
+    """The names of constants that may normalise images and are no pair of three numbers each.
 
-    It lies beside them or around them, else anywhere in the same state dict or around it. UsageError for two.
+    A number counts only as `mean` beside `std`: `mu`, `sigma` and a number alone may be any setting.
     """
-    found = {}
+    paired = {name for pair in pairs(constants).values() for name in pair}
+    named = [n for n in constants if n.rpartition(".")[2] in PLAIN_NAMES and n not in paired]
+    found = by_kind(name for name in named if fits_images(constants[name]))
+    return [
+        n
+        for mean, std in found.values()
+        for n in (*mean, *std)
+        if constants[n].numel() > 1 or (mean and std and n.rpartition(".")[2] in ("mean", "std"))
+    ]
+
+
+def fits_images(value: Tensor) -> bool:
+    """True for one number, one for each of three channels, or an image of three channels."""
+    shape = list(value.shape)
+    while shape[:1] == [1]:
+        del shape[0]
+    return not shape or (shape[0] == 3 and len(shape) in (1, 3))
+
+
+def normalisation_of(taken: Match, matches: Sequence[Match], weights: Weights) -> Normalisation | None:
+    """The normalisation of the taken tensors, or None.
+
+    It lies anywhere in the file. One that stands by another of `matches` counts only if there is no other. UsageError
+    for two, and for constants that are no such pair.
+    """
+    found: dict[tuple[str, ...], Normalisation] = {}
     for state in weights.states:
-        if state.place == taken.state.place[: len(state.place)]:
-            for scope, (mean, std) in pairs(state.tensors).items():
-                values = (state.tensors[name].detach().float().flatten() for name in (mean, std))
-                found[(*state.place, *parts(scope))] = Normalisation(*values)
-    near = {place: value for place, value in found.items() if place[:-1] == taken.place[: len(place[:-1])]}
-    chosen = near or found
+        odd = [".".join((*state.place, name)) for name in unpaired(state.constants)]
+        if odd:
+            raise weights.error(f"holds constants that are not read, {listed(odd)}; {TAKES_A_PAIR}")
+        for scope, (mean, std) in pairs(state.constants).items():
+            values = (state.constants[name].detach().float().flatten() for name in (mean, std))
+            found[(*state.place, *parts(scope))] = Normalisation(*values)
+    others = [match for match in matches if match is not taken]
+    own = {p: v for p, v in found.items() if stands_by(p, taken) or not any(stands_by(p, one) for one in others)}
+    chosen = own or found
     for place, value in chosen.items():
         here, one = next(iter(chosen.items()))
         if value.differs(one):
@@ -514,10 +715,18 @@ def normalisation_of(taken: Match, weights: Weights) -> Normalisation | None:
     return next(iter(chosen.values()), None)
 
 
+def stands_by(place: tuple[str, ...], match: Match) -> bool:
+    """True for the place of a normalisation beside a match or around it."""
+    return place[:-1] == match.place[: len(place[:-1])]
+
+
 def set_normalisation(layer: Normalize | None, values: Normalisation, weights: Weights, report: Report) -> None:
-    """Put the file's normalisation into the net's layer. Raises UsageError if there is none, or it divides by zero."""
-    if values.std.min() <= 0:
-        raise weights.error(f"normalises with {values}, takes standard deviations above 0")
+    """Put the file's normalisation into the net's layer. UsageError if there is none, or it is not for [0,1]."""
+    if values.mean.min() < 0 or values.mean.max() > 1 or values.std.min() < LEAST_STD or values.std.max() > 1:
+        raise weights.error(
+            f"normalises with {values}, takes a mean in [0, 1] and a std in [{LEAST_STD}, 1], as images are in [0, 1];"
+            f" divide constants for 0 to 255 by 255 and save the file anew"
+        )
     if layer is None:
         if values.differs(Normalisation(torch.zeros(3), torch.ones(3))):  # which changes nothing
             raise weights.error(f"normalises with {values}; {advice(values)}")

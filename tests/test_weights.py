@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import decimal
+import gzip
 import json
 import pathlib
 import pickle
 import random
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -150,6 +153,23 @@ def test_other_wrappings(what, tmp_path):
     }[what]()
     net, lines = load(content, tmp_path)
     assert holds(net, RAW) and lines == []
+
+
+def test_arrays_are_weights_too(tmp_path):
+    for order in ("<f4", ">f4"):
+        arrays = {name: value.numpy() for name, value in RAW.items()}
+        arrays |= {name: np.asfortranarray(v).astype(order) for name, v in arrays.items() if v.ndim}
+        net, lines = load({"state_dict": arrays}, tmp_path)
+        assert holds(net, RAW) and lines == []
+    assert "on the device meta" in refusal({name: value.to("meta") for name, value in RAW.items()}, tmp_path)
+
+
+def test_counters_may_be_fractions(tmp_path):
+    counted = {name: value + 78_200 if name.endswith("tracked") else value for name, value in RAW.items()}
+    for kind in (torch.float32, torch.float16):  # in which the counter is infinite
+        net, _ = load({name: value.to(kind) for name, value in counted.items()}, tmp_path)
+        counter = net.state_dict()["bn1.num_batches_tracked"]
+        assert counter.dtype == torch.int64 and counter == (78_200 if kind == torch.float32 else 0)
 
 
 def test_depth_has_an_end(tmp_path):
@@ -317,7 +337,7 @@ def test_two_normalisations_in_a_row_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "values, words",
     [
-        (((0.5, 0.5, 0.5), (0.5, 0.0, 0.5)), "standard deviations above 0"),
+        (((0.5, 0.5, 0.5), (0.5, 0.0, 0.5)), "takes a mean in"),
         (((0.5, np.nan, 0.5), (0.5, 0.5, 0.5)), "not finite"),
     ],
 )
@@ -328,6 +348,75 @@ def test_a_normalisation_that_cannot_be(values, words, tmp_path):
 def test_without_one_in_the_file_the_net_keeps_its_own(tmp_path):
     net, lines = load(RAW, tmp_path, "imagenet")
     assert lines == [] and net.normalize.mean.flatten().tolist() == pytest.approx(NORMALIZATIONS["imagenet"][0])
+
+
+@pytest.mark.parametrize(
+    "mean, std",
+    [
+        ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)),
+        ((0.5, 0.5, 0.5), (4.0, 4.1, 3.8)),
+        ((0.5, 0.5, 0.5), (1e-30, 1e-30, 1e-30)),
+        ((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_a_normalisation_of_other_images_is_refused(mean, std, tmp_path):
+    for normalize in ("none", "cifar10"):
+        line = refusal(normalised(LAYERS[0], (mean, std)), tmp_path, normalize=normalize)
+        assert f"mean {mean[0]:.4g}, " in line and f"std {std[0]:.4g}, " in line
+        assert "images are in [0, 1]; divide constants for 0 to 255 by 255" in line and "--normalize" not in line
+
+
+MEAN, STD = CIFAR10
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"mean": MEAN, "std": STD},
+        {"mean": np.array(MEAN), "std": np.array(STD, dtype=np.float32)},
+        {"mean": [np.float64(x) for x in MEAN], "std": [np.float32(x) for x in STD]},
+        {"normalize": {"mean": list(MEAN), "std": list(STD)}},
+        {"args": argparse.Namespace(mean=MEAN, std=STD)},
+        {"config": {"data": {"pixel_mean": MEAN, "pixel_std": STD}}},
+    ],
+    ids=str,
+)
+def test_constants_that_are_no_tensors_are_used(beside, tmp_path):
+    content = {"state_dict": RAW, **beside}
+    assert "--normalize cifar10" in refusal(content, tmp_path)
+    net, lines = load(content, tmp_path, "imagenet")
+    assert holds(net, RAW) and len(lines) == 1 and "its own normalisation" in lines[0]
+    assert net.normalize.std.flatten().tolist() == pytest.approx(STD)
+
+
+@pytest.mark.parametrize(
+    "content, names",
+    [
+        ({"0.mean": torch.tensor(0.5), "0.std": torch.tensor(0.5), **weights(0, "1.")}, "0.mean, 0.std"),
+        ({"0.mean": torch.rand(3, 8, 8), "0.std": torch.rand(3, 8, 8), **weights(0, "1.")}, "0.mean, 0.std"),
+        ({"0.means": torch.rand(3), "0.sds": torch.rand(3), **weights(0, "1.")}, "0.means, 0.sds"),
+        ({"0.weight": torch.rand(3), "0.bias": torch.rand(3), **weights(0, "1.")}, "0.weight, 0.bias"),
+        ({**weights(0, "model."), "norm.weight": torch.rand(3), "norm.bias": torch.rand(3)}, "norm.weight, norm.bias"),
+        ({"0.weight": torch.rand(3, 3, 1, 1), **weights(0, "1.")}, "0.weight"),
+        ({"state_dict": RAW, "mean": MEAN}, "mean"),
+        ({"state_dict": RAW, "args": argparse.Namespace(mean=0.5, std=0.5)}, "args.mean, args.std"),
+    ],
+)
+def test_what_would_normalise_is_not_left_out(content, names, tmp_path):
+    for normalize in ("none", "cifar10"):
+        assert f"not read, {names}" in refusal(content, tmp_path, normalize=normalize)
+
+
+def test_settings_and_results_are_no_normalisation(tmp_path):
+    beside = {
+        "args": argparse.Namespace(sigma=0.25, mu=7, noise_mean=0.0, noise_std=0.1, mean=None, std=None),
+        "results": {"acc_mean": 0.9, "acc_std": np.float64(0.01), "mean": [0.5] * 9},
+        "optimizer": {"state": {0: {"mu": torch.rand(8, 3, 3, 3), "sigma": torch.rand(8, 3, 3, 3)}}},
+    }
+    net, lines = load({"state_dict": RAW, **beside}, tmp_path)
+    assert holds(net, RAW) and lines == []
+    net, lines = load({"step": torch.tensor(3), **weights(0, "net."), "fc2.weight": torch.rand(4, 9)}, tmp_path)
+    assert holds(net, RAW) and len(lines) == 1 and "step, fc2.weight left out" in lines[0]
 
 
 def test_a_mean_without_a_deviation_is_no_normalisation(tmp_path):
@@ -387,6 +476,56 @@ def test_programs_and_newer_pickles_are_named(tmp_path):
             read_weights(tmp_path / file)
 
 
+def test_the_content_says_which_format_it_is(tmp_path):
+    for name in ("a.pt", "a.bin", "a.SAFETENSORS"):
+        save_file({name: value.contiguous() for name, value in RAW.items()}, tmp_path / name)
+    torch.save(RAW, tmp_path / "b.safetensors")
+    for name in ("a.pt", "a.bin", "a.SAFETENSORS", "b.safetensors"):
+        fit_weights(net := classifier(9), read_weights(tmp_path / name), lambda line: pytest.fail(line))
+        assert holds(net, RAW)
+
+
+def saved_as(protocol: int, zipped: bool):
+    return lambda file: torch.save(RAW, file, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+
+
+@pytest.mark.parametrize(
+    "write, words",
+    [
+        (lambda file: file.write_bytes(b""), "it is empty"),
+        (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+        (lambda file: file.write_text("\n<!DOCTYPE html>"), "a page of HTML"),
+        (lambda file: file.write_bytes(gzip.compress(b"abc")), "compressed by gzip"),
+        (lambda file: np.savez(file.open("wb"), a=np.ones(3)), "an archive of numpy arrays"),
+        (lambda file: zipfile.ZipFile(file, "w").writestr("model.pt", "abc"), "a zip archive of other files"),
+        (lambda file: file.write_bytes(pickle.dumps({"a": 1}, protocol=2)), "a plain pickle"),
+        *((saved_as(protocol, zipped), "another pickle_protocol") for protocol in (0, 1) for zipped in (True, False)),
+    ],
+)
+def test_other_files_are_named(write, words, tmp_path):
+    write(tmp_path / "file.pt")
+    with pytest.raises(UsageError, match=f"cannot be read: .*{words}"):
+        read_weights(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
+def test_a_file_that_may_not_be_opened(name, tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_bytes(b"abc")
+    monkeypatch.setattr(pathlib.Path, "open", denied)
+    with pytest.raises(UsageError, match=f"{name} cannot be opened: Permission denied"):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("value, name", [(frozenset([1]), "frozenset"), (decimal.Decimal(1), "decimal.Decimal")])
+def test_other_objects_are_named_and_not_accused(value, name, tmp_path):
+    torch.save({"model": RAW, "x": value}, tmp_path / "file.pt")
+    with pytest.raises(UsageError, match=rf"tensors, {name}, which is not read; save the weights anew: torch\.save"):
+        read_weights(tmp_path / "file.pt")
+
+
 @pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
 def test_damage_is_one_line(form, tmp_path):
     """Truncated anywhere, or with other bytes: read, or refused, without another exception."""
@@ -419,6 +558,8 @@ def test_damage_is_one_line(form, tmp_path):
         (classifier(0, classes=7).state_dict(), ["7 classes in the file, takes 4"]),
         (build_model("resnet8", 4).state_dict(), ["conv1.weight is (16, 3, 3, 3), takes (8, 3, 3, 3)"]),
         (RAW | {"conv1.weight": torch.full((8, 3, 3, 3), torch.nan)}, ["not finite, in conv1.weight"]),
+        (RAW | {"conv1.weight": torch.full((8, 3, 3, 3), 1e300, dtype=torch.float64)}, ["not finite, in conv1.weight"]),
+        (RAW | {"bn1.running_var": -torch.ones(8)}, ["variances below 0, in bn1.running_var"]),
         (RAW | {"conv1.weight": torch.ones(8, 3, 3, 3, dtype=torch.int8)}, ["torch.int8, takes torch.float32"]),
         (RAW | {"linear.weight": RAW["linear.weight"].to_sparse()}, ["1 missing tensors, such as linear.weight"]),
         ({"a": weights(0) | {"x": torch.rand(2)}, "b": {"conv1.weight": torch.rand(3)}}, ["in a", "such as x"]),
