@@ -305,6 +305,7 @@ def test_autoattack_leaves_the_generator_of_its_gpu_alone(monkeypatch):
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     monkeypatch.setattr(autoattack, "check_classes", lambda model, x: 10)
+    monkeypatch.setattr(autoattack, "check_network", lambda model, name: None)
     for device, forked in ((CUDA, [CUDA]), (torch.device("cpu"), [])):
         weights = [SimpleNamespace(device=device)]
         model = SimpleNamespace(parameters=lambda weights=weights: weights, buffers=list)
