@@ -3,7 +3,7 @@
 from fastafd.attacks.choice import Choice, machine
 from fastafd.attacks.inputs import check_images, check_labels, check_logits, check_network, named_failure
 from fastafd.attacks.kl import KLPGD
-from fastafd.attacks.pgd import PGD, input_gradient, weakness
+from fastafd.attacks.pgd import PGD, check_target, input_gradient, overrides, weakness, weights_of
 from fastafd.attacks.snapshot import Snapshot
 from fastafd.attacks.threat import Ball, linf_noise
 
@@ -17,9 +17,12 @@ __all__ = [
     "check_labels",
     "check_logits",
     "check_network",
+    "check_target",
     "input_gradient",
     "linf_noise",
     "machine",
     "named_failure",
+    "overrides",
     "weakness",
+    "weights_of",
 ]

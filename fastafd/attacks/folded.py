@@ -17,6 +17,16 @@ SUMS = (operator.add, torch.add, "add")
 SUMS_IN_PLACE = (operator.iadd, "add_")
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def ordinary(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """True if the module is of one of these classes, not of a subclass, without hooks and with the class's forward."""
+    if module is None or type(module) not in kinds or "forward" in vars(module):
+        return False
+    return not any(getattr(module, hooks) for hooks in HOOKS)
+
+
 class Folded(nn.Module):
     """A convolution in the snapshot's type, and the shift of the BatchNorm behind it in the network's type.
 
@@ -121,6 +131,5 @@ def _added(after: fx.Node, node: fx.Node) -> fx.Node | None:
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        return type(module) is nn.ReLU and not (module._forward_hooks or module._forward_pre_hooks)
+        return ordinary(modules[str(node.target)], nn.ReLU)
     return node.op in ("call_function", "call_method") and node.target in RELUS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +106,17 @@ def named_failure(x: Tensor, name: str) -> Iterator[None]:
 
 
 class FirstOutput:
-    """A classifier whose first output is checked by `check`, which gets the logits and the number of images."""
+    """A classifier whose first output is checked by `check`, which gets the logits and the number of images.
+
+    All other attributes are the classifier's, for an attack that reads its features.
+    """
 
     def __init__(self, classifier: Callable[[Tensor], Tensor], check: Callable[[object, int], None]):
         self.classifier, self.check = classifier, check
         self.checked = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.classifier, name)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.checked:

@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastafd.attacks.inputs import FirstOutput, check_images, check_labels, check_logits, recording
+from fastafd.attacks.inputs import (
+    FirstOutput,
+    check_images,
+    check_labels,
+    check_logits,
+    kind_of,
+    recording,
+    shape_of,
+)
 from fastafd.attacks.threat import Ball, linf_noise
 from fastafd.kernels.linf_step import linf_step_reference
 from fastafd.settings import UsageError, in_255ths, number, pixels, setting, switch
+
+NO_CLASS = -100  # the label of an image that F.cross_entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class PGD(Ball):
         return lambda x_adv: input_gradient(classifier, x_adv, target)
 
     def target(self, logits: Callable[[], Tensor], y: Tensor) -> Tensor:
-        """The target of the cross-entropy: the labels (B,), or probabilities (B,K).
+        """The target of the cross-entropy: the labels (B,), or probabilities (B,K). A label of -100 leaves its image.
 
         logits(): those of the clean images (B,K).
         """
@@ -111,6 +121,38 @@ class PGD(Ball):
             x_adv = x_adv.detach()
             step(x_adv, grad, x, self.eps, self.step_size)
         return x_adv if self.steps else x_adv.clamp(0.0, 1.0)  # a step ends inside [0,1]
+
+
+def overrides(attack: PGD, name: str) -> bool:
+    """True if the attack has a method of that name other than PGD's: from its class, or set on the attack itself."""
+    return getattr(getattr(attack, name), "__func__", None) is not getattr(PGD, name)
+
+
+def check_target(target: object, count: int, classes: int, name: str) -> None:
+    """Raise UsageError, for the attack of that name, unless its `target` returns what the cross-entropy takes.
+
+    That is class numbers (B,) from 0 to classes - 1, -100 for images that have none, or weights of the classes (B,C).
+    """
+    takes = f"takes class numbers ({count},) from 0 to {classes - 1}, or weights of the classes ({count},{classes})"
+    if not isinstance(target, Tensor):
+        raise UsageError(f"attack: target of {name} returns a {type(target).__name__}, {takes}")
+    shape = (count, classes) if target.is_floating_point() else (count,)
+    if target.shape != shape or (target.dtype not in (torch.int64, torch.uint8) and not target.is_floating_point()):
+        raise UsageError(f"attack: target of {name} returns {kind_of(target)} {shape_of(target)}, {takes}")
+    if target.is_floating_point():
+        if not target.isfinite().all():
+            raise UsageError(f"attack: target of {name} returns values that are not finite, {takes}")
+        return
+    labels = target[target != NO_CLASS]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(f"attack: target of {name} returns labels {int(labels.min())} to {int(labels.max())}, {takes}")
+
+
+def weights_of(target: Tensor, classes: int) -> Tensor:
+    """The target as weights of the classes (B,C); an image without a class has none."""
+    if target.is_floating_point():
+        return target
+    return (target[:, None] == torch.arange(classes, device=target.device)).float()
 
 
 def weakness(attack: PGD) -> str | None:

@@ -8,19 +8,23 @@ Once a step the network's weights are written into the snapshot's tensors, in th
 
 torch.fx finds the pairs in any network that it can trace; a network that it cannot trace is copied in eval mode. The
 shift is added in the network's type, usually fp32. No weight of a snapshot requires a gradient, so none is computed.
+
+A forward may do in a trace something else than in a run, and a network may change what is no tensor. So the fast engine
+compares the snapshot with the network itself (`fastafd.training.engine`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastafd.attacks.folded import RELUS, Folded, join
+from fastafd.attacks.folded import RELUS, Folded, join, ordinary
 from fastafd.kernels import attack_head
 
 
@@ -28,6 +32,7 @@ class Snapshot(nn.Module):
     """A copy of `backbone` (pooled features) in eval mode, and of the logits of f1 if `classifier` (and `d1`) are
     passed.
 
+    log_softmax: True if the network returns the log_softmax of its logits; then `logits` does so too.
     dtype: the type of weights and activations; float32 or wider keeps the network's type. reason: why the network could
     not be traced; None if it could. leaf: the type that the network casts images to first, or None. Images in that type
     give the same features, and the same gradient without its cast. The snapshot is empty until the first `refresh`.
@@ -43,27 +48,26 @@ class Snapshot(nn.Module):
         dtype: torch.dtype,
         classifier: nn.Linear | None = None,
         d1: nn.Linear | None = None,
+        log_softmax: bool = False,
     ):
         super().__init__()
+        self.log_softmax = log_softmax
         self.reason: str | None = None
         self.leaf: torch.dtype | None = None
         self.pools = False
         self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d | None, Folded]] = []
         self._affines: list[tuple[nn.BatchNorm2d, Affine]] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, nn.Module, str]] = []  # a tensor, and the live module and name of its source
         net = copy.deepcopy(backbone).eval().requires_grad_(False)
         try:
-            self.net = self._fold(backbone, fx.GraphModule(net, fx.Tracer().trace(net)), dtype)
+            self.net = self._fold(backbone, fx.GraphModule(net, _Tracer().trace(net)), dtype)
         except Exception as error:  # a forward may do anything with torch.fx's proxies
             self.reason = f"torch.fx cannot trace it: {(str(error) or type(error).__name__).splitlines()[0]}"
             self.net, self.leaf, self.pools, self._folds, self._affines = net, None, False, [], []
-        live: dict[str, Tensor] = {
-            **dict(backbone.named_parameters(remove_duplicate=False)),
-            **dict(backbone.named_buffers(remove_duplicate=False)),
-        }
-        for name, tensor in [*self.net.named_parameters(), *self.net.named_buffers()]:
+        live = sources_of(backbone)
+        for name, (module, attribute) in sources_of(self.net).items():
             if name in live:  # the others are folded, or constants of the trace
-                self._copies.append((tensor, live[name]))
+                self._copies.append((getattr(module, attribute), *live[name]))
 
         self._heads: tuple[nn.Linear, nn.Linear | None] | None = None
         if classifier is not None:
@@ -91,8 +95,8 @@ class Snapshot(nn.Module):
             scale, shift = scale_and_shift(norm)
             affine.scale.copy_(scale)
             affine.shift.copy_(shift)
-        for copied, live in self._copies:
-            copied.copy_(live)
+        for copied, module, name in self._copies:
+            copied.copy_(getattr(module, name))
         if self._heads is not None:
             classifier, d1 = self._heads
             if d1 is None or self.d1 is None:
@@ -116,10 +120,13 @@ class Snapshot(nn.Module):
         return out.relu().mean((2, 3)) if self.pools else out
 
     def logits(self, x: Tensor) -> Tensor:
-        """The logits of f1 (B,C), computed in fp32 or wider, for an attack with a gradient of its own."""
+        """What the network returns, (B,C), computed in fp32 or wider, for an attack with a gradient or target of its
+        own.
+        """
         features = self.features(x)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+            logits = F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+            return logits.log_softmax(1) if self.log_softmax else logits
 
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The features f1 (B,D) and their logits (B,C)."""
@@ -130,7 +137,8 @@ class Snapshot(nn.Module):
     def gradient(self, x_adv: Tensor, target: Tensor) -> Tensor:
         """The gradient (B,3,H,W) of the summed cross-entropy of f1's logits at x_adv, which requires grad.
 
-        target: labels (B,) int64, or probabilities (B,C). PGD uses only the signs of the gradient.
+        target: labels (B,) int64, or weights of the classes (B,C), usually probabilities. PGD uses only the signs of
+        the gradient.
         Source: Eq. 2 of the AFD paper.
         """
         before = self(x_adv)
@@ -144,7 +152,9 @@ class Snapshot(nn.Module):
         pooled = before.relu().mean((2, 3)) if self.pools else before
         with torch.autocast(before.device.type, enabled=False):
             logits = F.linear(pooled.to(self.weight.dtype), self.weight, self.bias)
-            slope = ((logits.softmax(1) - target) @ self.weight).to(before.dtype)
+            target = target.to(self.weight.dtype)
+            away = target.sum(1, keepdim=True) * logits.softmax(1) - target
+            slope = (away @ self.weight).to(before.dtype)
         if not self.pools:
             return slope
         return torch.where(before > 0, slope[:, :, None, None] / before.shape[2:].numel(), 0.0)
@@ -158,9 +168,8 @@ class Snapshot(nn.Module):
         def plain(node: fx.Node, kind: type[nn.Module]) -> bool:
             """True if the node calls exactly this class on one operand, and nothing else reads the module's tensors."""
             module = modules.get(str(node.target)) if node.op == "call_module" else None
-            hooked = type(module) is kind and (module._forward_hooks or module._forward_pre_hooks)
             looked_at = any(name.startswith(f"{node.target}.") for name in read)
-            return type(module) is kind and len(node.args) == 1 and not (node.kwargs or hooked or looked_at)
+            return ordinary(module, kind) and len(node.args) == 1 and not (node.kwargs or looked_at)
 
         tail = _last_relu(graph, modules)
         if tail is not None:
@@ -210,6 +219,30 @@ class Snapshot(nn.Module):
         return net
 
 
+class _Tracer(fx.Tracer):
+    """A tracer that calls the network as its user does: with images alone, and with hooks.
+
+    What a forward computes from buffers alone is part of the graph, too.
+    """
+
+    proxy_buffer_attributes = True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        return super().create_args_for_root(lambda net, x: net(x), is_module, concrete_args)
+
+
+def sources_of(net: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the network keeps its tensors, under all names: parameters, buffers and tensors that are attributes."""
+    return {
+        f"{path}.{name}".lstrip("."): (module, name)
+        for path, module in net.named_modules(remove_duplicate=False)
+        for name, value in [*vars(module).items(), *module._parameters.items(), *module._buffers.items()]
+        if isinstance(value, Tensor)
+    }
+
+
 class Affine(nn.Module):
     """A BatchNorm with fixed statistics: a scale and a shift for each channel, in the network's type."""
 
@@ -242,7 +275,11 @@ def _last_relu(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None
         return None
     node, pooled = outputs[0], False
     while len(node.users) == 1 and node.op.startswith("call") and len(node.all_input_nodes) == 1:
-        kind: Any = type(modules[node.target]) if node.op == "call_module" else node.target
+        kind: Any = node.target
+        if node.op == "call_module":
+            kind = type(modules[node.target])
+            if not ordinary(modules[node.target], kind):
+                return None
         if _pools(node, modules):
             pooled = True
         elif pooled and kind in RELUS:
@@ -257,7 +294,7 @@ def _pools(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """True if the node is a global average pool."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+        return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
     if node.target is F.adaptive_avg_pool2d:
         return node.args[1:] in ((1,), ((1, 1),))
     if node.target in ("mean", torch.mean):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.models.disentangle import Disentangled, disentangle
-from fastafd.models.modes import Modes, eval_mode, frozen
+from fastafd.models.logits import check_copy
+from fastafd.models.modes import Modes, eval_mode, examined, frozen
 from fastafd.models.resnet import BasicBlock, Bottleneck, PreActBlock, ResNet
 from fastafd.models.split import SplitNet, check_split, split
 from fastafd.models.wideresnet import WideResNet
@@ -24,10 +25,12 @@ __all__ = [
     "Normalize",
     "SplitNet",
     "build_model",
+    "check_copy",
     "check_model",
     "check_split",
     "disentangle",
     "eval_mode",
+    "examined",
     "frozen",
     "split",
 ]

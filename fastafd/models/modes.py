@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -19,6 +20,20 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def examined(net: nn.Module) -> Iterator[None]:
+    """Put all layers into eval mode. Afterwards modes, buffers and PyTorch's random state are as before.
+
+    Even in eval mode a forward may draw numbers, and may change its statistics.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    with eval_mode(net), torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastafd.models.logits import copied, find_logits_layer, noted, on_device, refusal, run, same
-from fastafd.models.modes import eval_mode, wholly_eval
+from fastafd.models.modes import eval_mode, examined, wholly_eval
 
 
 class Tap(nn.Module):
@@ -139,7 +139,7 @@ def check_split(model: SplitNet, x: Tensor) -> None:
     moved = weight + (0.1 * weight.std() + 0.01) * noise  # a weight of zeros moves, too
     whole = model._whole(moved)
     for gradients in (True, False):  # without them last: a network that keeps a result with a history cannot be copied
-        with torch.set_grad_enabled(gradients), eval_mode(whole), eval_mode(model):
+        with torch.set_grad_enabled(gradients), eval_mode(whole), examined(model):
             expected = run(whole, x, whole, "its copy fails")
             features = run(model.features, x, whole, f"without {name} its forward fails")
         if not isinstance(expected, Tensor) or not isinstance(features, Tensor):

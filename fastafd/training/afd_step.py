@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,8 @@ class AFDStep(TrainStep):
         attack = check_attack(attack, config.method)
         of_step: dict[str, Any] = {"attack_bn": config.attack_bn, "ema_decay": config.ema_decay}
         of_step["seed"] = config.task.seed
-        of_method, of_attack = vars(config.method).keys(), vars(attack).keys()
+        of_method = vars(config.method).keys()
+        of_attack = [field.name for field in fields_of(attack)]
         for name in fields:
             if name not in (*of_method, *of_attack, *of_step):
                 raise unknown("AFDStep", name, [*of_method, *of_attack, *of_step])
@@ -77,7 +79,7 @@ class AFDStep(TrainStep):
             optimizer,
             replace(config.method, **{name: fields[name] for name in fields if name in of_method}),
             teacher=teacher,
-            attack=replace(attack, **attack_fields) if attack_fields else attack,
+            attack=replaced(attack, attack_fields),
             amp=amp,
             engine=engine,
             augment=augment,
@@ -90,3 +92,17 @@ class AFDStep(TrainStep):
         model = super().averaged()
         assert isinstance(model, Disentangled)
         return model
+
+
+def replaced(attack: PGD, fields: dict[str, Any]) -> PGD:
+    """The attack with other values of its fields. UsageError if only its own __init__ knows how to make it."""
+    if not fields:
+        return attack
+    made = {kind for kind in type(attack).__mro__ if "__init__" in vars(kind) and issubclass(kind, PGD)}
+    own = [kind for kind in made if "__dataclass_params__" not in vars(kind)]
+    if own or vars(attack).keys() - {field.name for field in fields_of(attack)}:
+        names = " and ".join(fields)
+        raise UsageError(
+            f"{names}: pass it to {type(attack).__name__}, not to AFDStep: it has an __init__ or attributes of its own"
+        )
+    return replace(attack, **fields)

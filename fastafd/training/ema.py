@@ -14,6 +14,28 @@ def ema_decay(t: int, limit: float) -> float:
     return min(limit, (1 + t) / (10 + t))
 
 
+def named_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """The network's parameters and buffers, each once."""
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def tensors_held(net: nn.Module) -> list[int]:
+    """Which parameters and buffers the network's modules hold, as numbers: cheaper than `named_tensors`."""
+    parts = [part for module in net.modules() for part in (module._parameters, module._buffers)]
+    return [id(tensor) for part in parts for tensor in part.values()]
+
+
+def copied_now(net: nn.Module) -> Any:
+    """A copy of the network; of a result that it keeps, such as its last features, the values alone are copied."""
+    results = [
+        value
+        for module in net.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in results})
+
+
 class EMA:
     """`module` is the average of `model`: parameters and floating buffers are averaged, integer buffers are copied.
 
@@ -23,11 +45,29 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.updates = 0
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        live = [*model.parameters(), *model.buffers()]
-        mean = [*self.module.parameters(), *self.module.buffers()]
-        self._floats = [(m, p) for m, p in zip(mean, live, strict=True) if p.is_floating_point()]
-        self._counts = [(m, p) for m, p in zip(mean, live, strict=True) if not p.is_floating_point()]
+        self.model = model
+        self._held: list[int] = []
+        self.module = copied_now(model).eval().requires_grad_(False)
+        self.follow()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Average the tensors that the model holds now.
+
+        It may have replaced some since. A tensor that is new, or has another shape, starts with its value.
+        """
+        if (held := tensors_held(self.model)) == self._held:
+            return
+        self._held = held
+        before, live = named_tensors(self.module), named_tensors(self.model)
+        if any(name not in before or before[name].shape != p.shape for name, p in live.items()) or before.keys() - live:
+            self.module = copied_now(self.model).eval().requires_grad_(False)
+            for name, tensor in named_tensors(self.module).items():
+                if name in before and before[name].shape == tensor.shape:
+                    tensor.copy_(before[name])
+        mean = named_tensors(self.module)
+        self._floats = [(mean[name], p) for name, p in live.items() if p.is_floating_point()]
+        self._counts = [(mean[name], p) for name, p in live.items() if not p.is_floating_point()]
 
     def advance(self) -> float:
         """Count an update; returns the share by which it moves the average towards the model."""

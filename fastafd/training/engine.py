@@ -7,27 +7,31 @@ The fast engine runs PGD on a snapshot of the student whose BatchNorms are folde
 refreshed once a step, and only the gradient of the input is computed; one PGD iteration, gradient included, is compiled
 and called in a loop. The teacher is a snapshot that never changes. The update uses the model itself in train mode.
 Attack and update are two compiled functions, and no module is switched between train and eval mode.
+
+Both snapshots are compared with the networks themselves at the first batch of a shape, and again when the student has
+changed something else than the values of its tensors (`fastafd.training.watch`). Where they differ, the network itself
+takes the snapshot's place, and a line says so.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastafd.attacks import PGD, Choice, Snapshot, machine
+from fastafd.attacks import PGD, Choice, Snapshot, check_target, input_gradient, machine, overrides, weights_of
 from fastafd.console import Console
-from fastafd.device import AMP, algorithms_by_trial, autocast
+from fastafd.device import AMP, algorithms_by_trial, autocast, true_fp32
 from fastafd.kernels import linf_step
 from fastafd.kernels.operation import references
 from fastafd.methods import Batch, Loss, Method
-from fastafd.models import Disentangled, Modes, SplitNet, frozen
+from fastafd.models import Disentangled, Modes, SplitNet, eval_mode, examined, frozen
 from fastafd.settings import cache_dir, unknown
 from fastafd.training.ema import EMA
 
@@ -50,6 +54,13 @@ class Engine(Protocol):
 
     def launching(self) -> AbstractContextManager[None]:
         """The context of a whole step: it decides which kernels the step may launch."""
+        ...
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """Check on images x and labels y that the attack and the teacher see the networks as they are.
+
+        UsageError for an attack whose `target` cannot be climbed away from.
+        """
         ...
 
     def teacher_features(self, x: Tensor) -> Tensor:
@@ -98,6 +109,11 @@ class Reference:
         """Run the eager reference of every operation, on CUDA too: the fast engine is compared with plain PyTorch."""
         return references()
 
+    def check(self, x: Tensor, y: Tensor) -> None:
+        if self.attack is not None and self.method.adversarial and overrides(self.attack, "target"):
+            with torch.no_grad(), examined(self.model), autocast(self.device, self.amp):
+                check_own_target(self.attack, self.model(x), y)
+
     def teacher_features(self, x: Tensor) -> Tensor:
         assert self.teacher is not None
         with torch.no_grad(), autocast(self.device, self.amp):
@@ -137,9 +153,12 @@ class Fast:
     """The engine whose parts are compiled; the teacher and the attack run on snapshots."""
 
     snapshot: Snapshot | None = None
-    _attacked: Compiled | None = None  # the classifier of an attack that computes its own gradient
+    itself: Reference | None = None  # attacks the model itself, if the snapshot computes another function
+    _attacked: Attacked | None = None  # the classifier of an attack that computes its own gradient
+    _logits: Callable[[Tensor], Tensor] | None = None  # for an attack with a target of its own
     choice: Choice | None = None  # chooses the forms of the snapshot's convolutions
     side: torch.cuda.Stream | None = None  # the teacher's stream, on CUDA
+    _teacher_checked = False
     _teaching = False  # True while the side stream may have work that `join` must wait for
 
     def __init__(
@@ -153,9 +172,10 @@ class Fast:
         console: Console,
     ):
         self.model = model = modes.net
-        self.modes, self.method, self.attack, self.ema = modes, method, attack, ema
+        self.modes, self.method, self.attack, self.ema, self.console = modes, method, attack, ema, console
         first = next(model.parameters())
         self.device, self.weights, self.amp = first.device, first.dtype, AMP[amp]
+        self._amp = amp
         keep_compiled(self.device)
         dtype = self.amp or first.dtype
         if method.adversarial and attack is not None:
@@ -165,7 +185,10 @@ class Fast:
                     f" not {type(model).__name__}"
                 )
             d1 = model.d1 if isinstance(model, Disentangled) else None
-            self.snapshot = Snapshot(model.backbone, dtype, model.classifier, d1)
+            parts = model.classifier, d1, model.log_softmax
+            self.snapshot = Snapshot(model.backbone, dtype, *parts)
+            self._exact = Snapshot(model.backbone, self.weights, *parts)  # compared with the model
+            self._layers = [*model.modules()]
             self.choice = Choice(self.snapshot, self.device, console)
             self.refresh = Compiled("the snapshot", self.snapshot.refresh, console, options=COMBINED)
             self._gradient: Callable[[Tensor, Tensor], Tensor] = self.snapshot.gradient
@@ -174,19 +197,21 @@ class Fast:
             else:
                 console.line(f"the attack sees BatchNorm in eval mode, not folded: {self.snapshot.reason}")
                 self.snapshot.net = torch.compile(self.snapshot.net, dynamic=False)  # type: ignore[assignment]
-            if type(attack).ascent is not PGD.ascent:
+            if overrides(attack, "ascent"):
                 console.line(f"the attack {type(attack).__name__} has its own gradient: its loss runs uncompiled")
-                self._attacked = Compiled("the attacked network", self.snapshot.logits, console)
+                self._attacked = Attacked(Compiled("the attacked network", self.snapshot.logits, console), model)
+            elif overrides(attack, "target"):
+                self._logits = Compiled("the attacked network", self.snapshot.logits, console)
+        self.teacher = teacher
         if teacher is not None:
-            frozen = Snapshot(teacher, dtype)
-            frozen.refresh()
-            self._teacher = (
-                Compiled("the teacher", frozen.features, console) if method.uses_teacher else frozen.features
-            )
+            taught = Snapshot(teacher, dtype)
+            taught.refresh()
+            self._teacher: Callable[[Tensor], Tensor] = taught.features
+            if method.uses_teacher:
+                self._teacher = Compiled("the teacher", taught.features, console)
         self._f1: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         if self.snapshot is not None:  # compiled if every step calls it, eager if only a probe does
-            always = method.replays_noise or getattr(type(attack), "target", PGD.target) is not PGD.target
-            self._f1 = Compiled("f1", self.snapshot.f1, console) if always else self.snapshot.f1
+            self._f1 = Compiled("f1", self.snapshot.f1, console) if method.replays_noise else self.snapshot.f1
         self._loss = Compiled("the update", self._forward, console, options=COMBINED)
         self._average: Callable[[float | Tensor], None] | None = None
         if ema is not None:  # on a CPU the eager average is one call already
@@ -199,6 +224,45 @@ class Fast:
     def launching(self) -> AbstractContextManager[None]:
         return algorithms_by_trial()
 
+    def check(self, x: Tensor, y: Tensor) -> None:
+        x, y = x[:COMPARED].clone(), y[:COMPARED]
+        if self.teacher is not None and not self._teacher_checked:
+            self._teacher_checked = True
+            if not teaches_the_same(self.teacher, x, self.weights):
+                self.console.line("the teacher's features are computed by the network itself: its snapshot has others")
+                self._teacher = self.teacher
+        if self.snapshot is None or self.itself is not None:
+            return
+        assert isinstance(self.model, SplitNet) and self.attack is not None
+        if overrides(self.attack, "target"):
+            with torch.no_grad(), examined(self.model):
+                check_own_target(self.attack, self.model(x), y)
+        if difference := self._difference(x):
+            self.console.line(
+                f"the attack runs uncompiled, on the model itself: a snapshot of it has other {difference}"
+            )
+            self.itself = Reference(self.modes, self.method, None, self.attack, "eval", self.ema, self._amp)
+            self.snapshot = self.choice = None
+
+    def _difference(self, x: Tensor) -> str | None:
+        """What the snapshot computes otherwise than the model in eval mode on the images x; None if nothing."""
+        assert isinstance(self.model, SplitNet)
+        model, exact = self.model, self._exact
+        if self._layers != [*model.modules()]:
+            return "layers"
+        exact.refresh()
+        with references(), true_fp32(), examined(model), frozen(model):
+            with torch.no_grad():
+                logits = model(x)
+            target = logits.argmin(1)  # a network that is certain has no gradient at its own class
+            gradient = input_gradient(model, x.clone().requires_grad_(), target)
+            self.modes.train()  # as during the attack: a function that the snapshot kept may use the model itself
+            with torch.no_grad():
+                if not near(exact.logits(x), logits, 1):
+                    return "logits"
+            others = exact.gradient(x.clone().requires_grad_(), target)
+        return None if near(others, gradient, 30) else "gradients"
+
     def teacher_features(self, x: Tensor) -> Tensor:
         """The teacher's features, on CUDA on a side stream, so that they are computed beside the attack."""
         if self.side is not None:
@@ -208,20 +272,30 @@ class Fast:
             return self._teacher(x)
 
     def perturb(self, x: Tensor, noise: Tensor | None, y: Tensor) -> Tensor:
-        assert self.attack is not None and self.snapshot is not None and self.choice is not None
+        if self.itself is not None:
+            return self.itself.perturb(x, noise, y)
+        attack, snapshot = self.attack, self.snapshot
+        assert attack is not None and snapshot is not None and self.choice is not None
         with autocast(self.device, self.amp):
             self.choice.choose(x)
         self.refresh()
-        leaf = self.snapshot.leaf or x.dtype
+        leaf = snapshot.leaf or x.dtype
+        # A `climb` of the attack's own takes what it is documented to take; the kernel belongs to PGD's.
+        steps = () if overrides(attack, "climb") else (linf_step,)
         with autocast(self.device, self.amp):
             if self._attacked is not None:
-                return self.attack.climb(self.attack.ascent(self._attacked, x, y), x, noise, linf_step)
-            target = self.attack.target(lambda: self.f1(x)[1], y)
+                with self._attacked.open():
+                    return attack.climb(attack.ascent(self._attacked, x, y), x, noise, *steps)
+            target = y
+            if self._logits is not None:
+                logits = self._logits
+                with torch.no_grad():
+                    target = weights_of(attack.target(lambda: logits(x), y), len(snapshot.weight))
 
             def gradient(x_adv: Tensor) -> Tensor:
                 return self._gradient(x_adv.detach().to(leaf).requires_grad_(), target)
 
-            return self.attack.climb(gradient, x, noise, linf_step)
+            return attack.climb(gradient, x, noise, *steps)
 
     def loss(self, batch: Batch) -> Loss:
         self.modes.train()
@@ -242,6 +316,8 @@ class Fast:
 
     @torch.no_grad()
     def f1(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.itself is not None:
+            return self.itself.f1(x)
         assert self._f1 is not None
         with autocast(self.device, self.amp):
             return self._f1(x)
@@ -249,6 +325,57 @@ class Fast:
     def _forward(self, batch: Batch) -> Loss:
         with autocast(self.device, self.amp):
             return self.method.loss(self.model, batch)
+
+
+COMPARED = 8  # images on which a snapshot is compared with its network
+
+
+def near(result: Tensor, expected: Tensor, factor: float) -> bool:
+    """True if the tensors differ, in the norm, by rounding alone.
+
+    factor: what rounding errors may be multiplied by; a ReLU near zero may be active on one side alone.
+    """
+    bound = factor * {torch.float64: 1e-8, torch.float32: 1e-3}.get(expected.dtype, 0.03)
+    if not expected.isfinite().all():  # the step itself says so
+        return True
+    difference = (result.double() - expected.double()).norm()
+    return bool(difference <= bound * expected.double().norm() + torch.finfo(torch.float32).tiny)
+
+
+def teaches_the_same(teacher: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a snapshot of the teacher has the teacher's features of the images x (B,3,H,W)."""
+    snapshot = Snapshot(teacher, dtype)
+    snapshot.refresh()
+    with torch.no_grad(), true_fp32(), examined(teacher):
+        return near(snapshot.features(x), teacher(x), 1)
+
+
+def check_own_target(attack: PGD, logits: Tensor, y: Tensor) -> None:
+    """Raise UsageError if the attack's own `target` returns something that the cross-entropy does not take."""
+    target = attack.target(lambda: logits, y)
+    check_target(target, len(y), logits.shape[1], type(attack).__name__)
+
+
+class Attacked:
+    """The network that an attack with a gradient of its own gets from the fast engine.
+
+    Calling it runs the compiled snapshot. Everything else, such as its features, is that of the model, which is in eval
+    mode while it is `open`.
+    """
+
+    def __init__(self, logits: Compiled, model: nn.Module):
+        self._compiled, self._model = logits, model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._compiled(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with eval_mode(self._model), frozen(self._model):
+            yield
 
 
 class Compiled:
@@ -273,7 +400,8 @@ class Compiled:
 
     def __call__(self, *inputs: Any) -> Any:
         # Dynamo counts one cache entry per step object and shape; its default limit of 8 is too low.
-        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+        # Without its guards of hooks, a hook that is registered later would not run.
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64, skip_nnmodule_hook_guards=False):
             try:
                 return self.function(*inputs)
             except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:

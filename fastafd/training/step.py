@@ -27,6 +27,7 @@ from fastafd.attacks import (
     check_logits,
     check_network,
     named_failure,
+    overrides,
     weakness,
 )
 from fastafd.console import Console
@@ -34,13 +35,14 @@ from fastafd.data import Augment, Loader, to_unit
 from fastafd.device import resolve_amp
 from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
-from fastafd.models import Modes, SplitNet, check_split, eval_mode, split
+from fastafd.models import Modes, SplitNet, check_copy, check_split, examined, split
 from fastafd.settings import RunError, UsageError, choice, number
-from fastafd.training.ema import EMA
+from fastafd.training.ema import EMA, copied_now, named_tensors
 from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.training.graphs import Graphs
 from fastafd.training.optim import check_optimizer, fuse, needs_host, restore, to_channels_last
 from fastafd.training.timing import PhaseTimer
+from fastafd.training.watch import Watch
 
 # images, labels, crop offsets, flips, the attack's start noise, the number of the epoch
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -83,6 +85,7 @@ class TrainStep:
         attack_bn = choice("eval", "train")(attack_bn, "attack_bn")
         ema_decay, seed = number(0, 1)(ema_decay, "ema_decay"), number(0, 2**32, whole=True)(seed, "seed")
         check_network(model, "model")
+        check_copy(copied_now(model), model)  # the average, and the attack's snapshot, are copies
         self.model, self.optimizer, self.method = model, optimizer, method
         self.device = next(model.parameters()).device
         self.console = console or Console()
@@ -120,6 +123,7 @@ class TrainStep:
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
         self._checked: set[torch.Size] = set()  # shapes of images that the networks took
+        self._watch = Watch(model)
 
         self.graphs: Graphs | None = None
         self._state: Any = None  # the optimizer's state whose tensors the recordings use
@@ -155,8 +159,10 @@ class TrainStep:
         with self.timer("inputs"):
             inputs = self._inputs(x, y)
         if first:
-            self._check_networks(inputs[0])
+            self._check_networks(inputs[0], inputs[1])
             self._checked.add(x.shape[1:])
+        elif self.fast and (change := self._watch.change()):
+            self._renew(change, inputs[0], inputs[1])
         if (flags := self._flags()) != self._trainable:
             self._trainable = flags
             self._say(check_optimizer(self.model, self.optimizer))
@@ -167,6 +173,8 @@ class TrainStep:
             run = self._launch
         metrics = run(inputs, weight, probe and self.method.adversarial)
         self.steps += 1
+        if first:
+            self._watch = Watch(self.model)  # the first forward may have made what it keeps
         return metrics
 
     @torch.inference_mode(False)
@@ -175,9 +183,12 @@ class TrainStep:
 
         Its weights require gradients where the model's do, so that it can be trained further.
         """
-        averaged = copy.deepcopy(self.model if self.ema is None else self.ema.module).eval()
-        for p, live in zip(averaged.parameters(), self.model.parameters(), strict=True):
-            p.requires_grad_(live.requires_grad)
+        averaged = copied_now(self.model).eval()
+        if self.ema is not None:
+            self.ema.follow()
+            with torch.no_grad():
+                for name, mean in named_tensors(self.ema.module).items():
+                    named_tensors(averaged)[name].copy_(mean)
         return averaged
 
     @property
@@ -231,9 +242,9 @@ class TrainStep:
         if "arms" in state and isinstance(self.engine, Fast) and self.engine.choice is not None:
             self.engine.choice.keep(state["arms"])
 
-    def _flags(self) -> list[bool]:
-        """Which weights of the model require a gradient."""
-        return [p.requires_grad for p in self.model.parameters()]
+    def _flags(self) -> list[tuple[int, bool]]:
+        """The identity of each weight of the model, and whether it requires a gradient."""
+        return [(id(p), p.requires_grad) for p in self.model.parameters()]
 
     def _say(self, lines: Sequence[str | None]) -> None:
         for line in lines:
@@ -276,17 +287,28 @@ class TrainStep:
         classes = self.model.classifier.out_features if isinstance(self.model, SplitNet) else None
         check_labels(y, len(x), classes, values=first or (isinstance(y, Tensor) and y.device.type == "cpu"))
 
-    def _check_networks(self, images: Tensor) -> None:
+    def _check_networks(self, images: Tensor, y: Tensor) -> None:
         """Run the networks on the first batch, in eval mode, and check what they return. This waits for the device."""
         x = self._pixels(images, None, None)
         for net in self._unproven:
             check_split(net, x)
         self._unproven.clear()
-        with torch.no_grad(), eval_mode(self.model), torch.random.fork_rng(), named_failure(x, "model"):
+        with torch.no_grad(), examined(self.model), named_failure(x, "model"):
             logits = self.model(x)
         check_logits(logits, len(x), "model", finite=False)
         if not logits.isfinite().all():
             raise RunError("model: its output is not finite for the first batch")
+        self.engine.check(x, y)
+
+    def _renew(self, change: str, images: Tensor, y: Tensor) -> None:
+        """Act on what the model has changed beside the values of its tensors since the last step.
+
+        A recorded step would still use what was there before.
+        """
+        if self.graphs is not None and self.graphs.recorded:
+            self.graphs.clear()
+            self.console.line(f"the step is recorded anew: {change}")
+        self.engine.check(self._pixels(images, None, None), y)
 
     def _run(
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False
@@ -316,6 +338,7 @@ class TrainStep:
             out = self._update(Batch(x, x_adv, y, teacher_features))
         if self.ema is not None:
             with timer("ema"):
+                self.ema.follow()
                 self.engine.average(weight)
         accuracy = "adversarial_accuracy" if self.method.adversarial else "clean_accuracy"
         correct = (out.logits.argmax(1) == y).float().mean()
@@ -457,7 +480,7 @@ def check_attack(attack: object, method: Method) -> PGD:
             f"attack: got {name}, takes a fastafd.PGD with {method.label}; a subclass with its own `ascent` climbs"
             " another loss"
         )
-    if type(attack).__call__ is not PGD.__call__ or type(attack).perturb is not PGD.perturb:
+    if type(attack).__call__ is not PGD.__call__ or overrides(attack, "perturb"):
         raise UsageError(
             f"attack: {type(attack).__name__} has its own __call__, which a step does not call; override `ascent` (the"
             " gradient to climb), `target`, `draw` (the start) or `climb` (the steps)"

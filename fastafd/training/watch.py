@@ -1,0 +1,55 @@
+"""What a network changes from step to step beside the values of its tensors.
+
+Compiled functions, recorded graphs and the attack's snapshot are made from the network as it is at one time. Values of
+its tensors reach them. A replaced tensor, a new hook, another layer or a number kept as an attribute may not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+LISTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+LATER = ("training", "_compiled_call_impl")  # a step switches modes itself
+
+
+class Watch:
+    """Notices changes of a network since the last look."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+        self._before = look(net)
+
+    def change(self) -> str | None:
+        """A sentence about the first change since the last look; None if there is none."""
+        now = look(self.net)
+        before, self._before = self._before, now
+        if now == before:
+            return None
+        if len(now) != len(before):
+            return "the model has other layers"
+        names = [name for name, _ in self.net.named_modules()]
+        index = next(index for index, (a, b) in enumerate(zip(before, now)) if a != b)
+        keys = sorted({*before[index], *now[index]}, key=str)
+        key = next(key for key in keys if before[index].get(key, look) != now[index].get(key, look))
+        return f"{f'{names[index]}.{key}'.lstrip('.')} of the model has changed"
+
+
+def look(net: nn.Module) -> list[dict[str, Any]]:
+    """For each module: its plain attributes by value, everything else by identity, tensors with their versions."""
+    return [
+        {key: _seen(key, value) for key, value in vars(module).items() if key not in LATER} for module in net.modules()
+    ]
+
+
+def _seen(key: str, value: Any) -> Any:
+    if key in LISTS:
+        return [*map(id, value.values())]
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor) and not value.is_inference():
+        return id(value), value._version
+    return id(value)
