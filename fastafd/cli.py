@@ -27,8 +27,14 @@ import yaml
 from fastafd.console import end
 from fastafd.device import enough_memory
 from fastafd.files import save_text
-from fastafd.settings import RunError, Stopped, UsageError, pixels, switch
+from fastafd.settings import RunError, Stopped, UsageError, fraction, in_255ths, pixels, switch
 
+LAUNCHERS = {  # the variable in which each counts its processes
+    "WORLD_SIZE": "torchrun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
 BUG = "error: this is a bug in fastafd, not a mistake of yours; please report it with the lines above"
 
 
@@ -46,17 +52,61 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
         print_config=None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings, such as a run folder's config.yaml")
+    files, words = take(argv, {"--config": "a YAML file of settings"})
+    parser.add_argument("--config", help="YAML file of settings, such as a run folder's config.yaml")
     listed = list(entries(defaults))
-    for name, value, field in listed:
+    written_in_files = [settings_of(Path(file).expanduser(), defaults) for file in files["--config"]]
+    from_files = {name: value for settings in written_in_files for name, value in settings.items()}
+    for name, default, field in listed:
+        value = from_files.get(name, default)
         shown = field.metadata["help"] + ("" if value is None else f" [{_plain(value)}]")
         convert = _converter(field, name)
         form: dict[str, Any] = {"default": value, "help": shown.replace("%", "%%"), "type": convert}
         if field.metadata["parse"] is switch:  # --json alone means --json true
             form |= {"nargs": "?", "const": True}
         parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", **form)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     return build(defaults, {name: args[name] for name, _, _ in listed})
+
+
+def settings_of(file: Path, defaults: Any) -> dict[str, Any]:
+    """The settings in a YAML file, parsed, by dotted name. UsageError for a name or a value that is none of them."""
+    fields = {name: field for name, _, field in entries(defaults)}
+    sections = {name.partition(".")[0] for name in fields if "." in name}
+    values: dict[str, Any] = {}
+    for key, value in read_yaml(file).items():
+        if key not in sections:
+            values[key] = value
+        elif isinstance(value, dict):
+            values |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            some = next(name for name in fields if name.startswith(f"{key}."))
+            raise UsageError(f"{key}: got {value!r}, takes settings of its own, such as {some.partition('.')[2]}")
+    for name in values:
+        if name not in fields:
+            near = _nearest(str(name), [*fields, *sections])
+            raise UsageError(f"{name}: no such setting{f' (did you mean {near}?)' if near else ''}")
+    return {name: fields[name].metadata["parse"](value, name) for name, value in values.items()}
+
+
+def words_apart(argv: list[str], defaults: Any) -> tuple[list[str], list[str]]:
+    """The words of `argv` that belong to no flag, and the flags with their values, each in order."""
+    switches = {
+        f"--{name.replace('_', '-')}" for name, _, field in entries(defaults) if field.metadata["parse"] is switch
+    }
+    words: list[str] = []
+    flags: list[str] = []
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        flags.append(word)
+        alone = "=" in word or word in ("-h", "--help")
+        if left and not alone and (word not in switches or left[0].lower() in ("true", "false")):
+            flags.append(left.pop(0))
+    return words, flags
 
 
 def take(argv: list[str], flags: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -106,19 +156,24 @@ def changes(recipe: Any, config: Any) -> dict[str, Any]:
     """The settings of `config`, by dotted name, that differ from the recipe's, without those of `NOT_LISTED`."""
     defaults = {name: value for name, value, _ in entries(recipe)}
     return {
-        name: _plain(value) for name, value, _ in entries(config) if name not in NOT_LISTED and value != defaults[name]
+        name: _as_written(value, field)
+        for name, value, field in entries(config)
+        if name not in NOT_LISTED and value != defaults[name]
     }
 
 
 def written(config: Any) -> dict[str, Any]:
     """All settings of `config` by dotted name, in the form that a user writes: 8/255 for a length in pixels."""
+    return {name: _as_written(value, field) for name, value, field in entries(config)}
 
-    def form(value: Any, parse: Any) -> Any:
-        if parse is pixels and math.isclose(round(255 * value), 255 * value):
-            return f"{round(255 * value)}/255"
-        return _plain(value)
 
-    return {name: form(value, field.metadata["parse"]) for name, value, field in entries(config)}
+def _as_written(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """The shorter of 8/255 and 0.0313… for a length in pixels, if both are the same length."""
+    if field.metadata["parse"] is pixels:
+        text = in_255ths(value)
+        if math.isclose(fraction(text), value, rel_tol=1e-9) and len(text) <= len(str(value)):
+            return text
+    return _plain(value)
 
 
 def to_yaml(config: Any) -> str:
@@ -138,12 +193,23 @@ def to_yaml(config: Any) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. UsageError for a file that cannot be read or holds none."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"config: {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"config: {path} holds no settings, takes lines such as 'lr: 0.01'")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that is there twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.YAMLError(f"{key} is there twice, the second time in line {node.end_mark.line + 1}")
+        return super().construct_mapping(node, deep)
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
@@ -189,12 +255,14 @@ def run_script(main: Callable[[], int], batch: str = "batch") -> NoReturn:
 
 
 def _refuse_several_processes() -> None:
-    """Raise UsageError under torchrun: each of its processes would do the same job in the same folder."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UsageError(
-            f"torchrun has started {processes} processes (WORLD_SIZE), and a verb runs in one; start it with python -m"
-        )
+    """Raise UsageError under a launcher of several processes: each would do the same job in the same folder."""
+    for variable, launcher in LAUNCHERS.items():
+        processes = os.environ.get(variable, "1").strip() or "1"
+        if processes != "1":
+            raise UsageError(
+                f"{launcher} has started {processes} processes ({variable}), and a verb runs in one; start it with"
+                f" python -m, or without {variable} if no launcher set it"
+            )
 
 
 def _stop_on_signals() -> None:
@@ -227,18 +295,14 @@ class _Parser(jsonargparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
         unrecognised = re.search(r"unrecognized arguments: (\S+)", message)
-        unknown_key = re.search(r"[Oo]ption '([^']+)' is not accepted", message)
         without_value = re.search(r"argument (\S+): expected one argument", message)
         if unrecognised and not unrecognised[1].startswith("-"):
-            raise UsageError(f"{unrecognised[1]}: no flag stands before it")
+            raise UsageError(f"{unrecognised[1]}: no flag stands before it that takes it")
         if unrecognised:
             got = unrecognised[1].split("=")[0]
             near = _nearest(got.removeprefix("--").replace("-", "_"), names)
             hint = f" (did you mean --{near.replace('_', '-')}?)" if near else "; --help lists them"
             raise UsageError(f"{got}: no such flag{hint}")
-        if unknown_key:
-            near = _nearest(unknown_key[1], names)
-            raise UsageError(f"{unknown_key[1]}: no such setting{f' (did you mean {near}?)' if near else ''}")
         if without_value:
             raise UsageError(f"{without_value[1]}: takes a value")
         raise UsageError(re.sub(r'Parser key "([^"]+)":', r"\1:", message))

@@ -18,6 +18,7 @@ from typing import Any
 
 from fastafd import cli
 from fastafd.checkpoint import load_model_about
+from fastafd.config import Task
 from fastafd.console import Console
 from fastafd.data import load_dataset
 from fastafd.device import provenance, resolve_device
@@ -68,8 +69,10 @@ class EvaluateConfig:
 
 
 def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model", *argv]
+    words, argv = cli.words_apart(argv, EvaluateConfig())
+    if len(words) > 1:
+        raise UsageError(f"model: got {' and '.join(words)}, takes one run folder or model.safetensors")
+    argv = [word for model in words for word in ("--model", model)] + argv
     config = cli.parse(EvaluateConfig(), argv, prog="fastafd.evaluate", about=__doc__)
     console = Console()
     device = resolve_device(config.device)
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> None:
     assert net is not None  # one of --model and --weights is given
     shown = Path(str(config.model or config.weights))
 
-    eps = pixels(about.get("eps", (settings.get("attack") or {}).get("eps", EPS)), "eps")  # that of the training
+    eps = pixels(about.get("eps", settings.get("eps", EPS)), "eps")  # that of the training
     set_threads(net.to(device), dataset.image_size, config.batch_size)
     result = evaluate(
         net,
@@ -133,10 +136,20 @@ def main(argv: list[str]) -> None:
 
 
 def run_settings(model: Path | None) -> dict[str, Any]:
-    """The settings in a run folder's config.yaml; empty if `model` is no run folder."""
+    """The task's settings in a run folder's config.yaml, and the attack's eps; empty if `model` is no run folder.
+
+    UsageError, which names the file, for a setting that it does not take.
+    """
     if model is None or not (model / "config.yaml").exists():
         return {}
-    return cli.read_yaml(model / "config.yaml")
+    file = model / "config.yaml"
+    tree = cli.read_yaml(file)
+    parsers = {name: field.metadata["parse"] for name, _, field in cli.entries(Task())}
+    settings = {name: parse(tree[name], f"{file}: {name}") for name, parse in parsers.items() if name in tree}
+    attack = tree.get("attack", {})
+    if not isinstance(attack, dict):
+        raise UsageError(f"{file}: attack: got {attack!r}, takes settings of its own, such as eps")
+    return settings | ({"eps": pixels(attack["eps"], f"{file}: attack.eps")} if "eps" in attack else {})
 
 
 if __name__ == "__main__":

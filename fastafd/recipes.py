@@ -200,8 +200,8 @@ def matched(config: TrainConfig) -> TrainConfig:
     return replace(config, matched=True, attack=attack, attack_bn=afd.attack_bn, sgd=afd.sgd, ema_decay=afd.ema_decay)
 
 
-def find_recipe(name: str) -> TrainConfig:
+def find_recipe(name: object) -> TrainConfig:
     """The config of that name. UsageError, with the most similar name, if there is none."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]()

@@ -39,10 +39,7 @@ class ReportConfig:
 
 
 def main(argv: list[str]) -> None:
-    words = []
-    while argv and not argv[0].startswith("-"):
-        words.append(argv[0])
-        argv = argv[1:]
+    words, argv = cli.words_apart(argv, ReportConfig())
     config: ReportConfig = cli.parse(ReportConfig(), argv, prog="fastafd.report", about=__doc__)
     names = [*TABLES, *FIGURES, "page"]
     if not words:

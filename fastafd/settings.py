@@ -102,7 +102,7 @@ def fraction(value: str) -> float:
 
 def in_255ths(length: float) -> str:
     """A length in pixels of [0,1] as users write it: "8/255", "0.5/255"."""
-    return f"{255 * length:.4g}/255"
+    return f"{255 * length:.6g}/255"
 
 
 def number(low: float, high: float = math.inf, whole: bool = False) -> Parser:

@@ -309,12 +309,14 @@ def parse(argv: list[str]) -> TrainConfig:
     flags, rest = cli.take(argv, {"--recipe": "the name of a recipe", "--config": "a YAML file of settings"})
     names = [cli.read_yaml(Path(file)).get("recipe") for file in flags["--config"] if Path(file).is_file()]
     names = [name for name in names if name is not None] + flags["--recipe"][-1:]
+    for name in names:
+        find_recipe(name)
     if len(set(names)) > 1:
         got = f"got {names[-1]!r}" if flags["--recipe"] else "got none"
         raise UsageError(
             f"recipe: {got}, and {flags['--config'][0]} holds the settings of {names[0]!r}; take one of them"
         )
-    base = find_recipe(str(names[-1])) if names else find_recipe("released")
+    base = find_recipe(names[-1]) if names else find_recipe("released")
     words = [word for file in flags["--config"] for word in ("--config", file)] + rest
     config: TrainConfig = cli.parse(base, words, prog="fastafd.train", about=__doc__)
     if config.matched:  # parse again, because the file and the flags go over the matched recipe

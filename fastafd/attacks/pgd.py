@@ -155,14 +155,24 @@ def weights_of(target: Tensor, classes: int) -> Tensor:
     return (target[:, None] == torch.arange(classes, device=target.device)).float()
 
 
-def weakness(attack: PGD) -> str | None:
-    """A line about an attack whose steps do not reach the border of its ball; None if they do."""
-    reach = attack.steps * attack.step_size
-    if reach >= attack.eps * (1 - 1e-6):
+def weakness(attack: Ball, step: float | None = None) -> str | None:
+    """A line about an attack whose steps do not reach the border of its ball; None if they do.
+
+    step: the longest step, in pixels of [0,1], of a method that takes one and makes its attacked images itself; None
+    for one that always steps as far as eps.
+    """
+    if not attack.eps:
+        return "no attack: with eps 0 the attacked images are the clean ones, so that no robustness is trained"
+    if isinstance(attack, PGD):
+        steps, step = attack.steps, attack.step_size
+    else:
+        steps, step = 1, attack.eps if step is None else step
+    if steps * step >= attack.eps * (1 - 1e-6):
         return None
+    moves = f"{steps} steps of {in_255ths(step)} reach" if steps > 1 else "the longest step reaches"
     return (
-        f"a weak attack: {attack.steps} steps of {in_255ths(attack.step_size)} reach {in_255ths(reach)},"
-        f" less than eps {in_255ths(attack.eps)}; a robustness measured or trained with it may not be there"
+        f"a weak attack: {moves} {in_255ths(steps * step)}, less than eps {in_255ths(attack.eps)}; a robustness measured"
+        " or trained with it may not be there"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastafd.methods.base import Batch, Loss, Method, attacked_cross_entropy
-from fastafd.settings import check, number, pixels, setting
+from fastafd.settings import UsageError, check, in_255ths, number, pixels, setting
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class ATAS(Method):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.step_low > self.step_high:
+            low, high = in_255ths(self.step_low), in_255ths(self.step_high)
+            raise UsageError(f"step_low: got {low}, takes at most step_high, {high}")
+
+    def longest_step(self, eps: float) -> float:
+        return self.step_high
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         return attacked_cross_entropy(model, batch)

@@ -60,6 +60,10 @@ class Method:
     only_reference: ClassVar[str] = ""
     held_out: int = 0
 
+    def longest_step(self, eps: float) -> float | None:
+        """The longest step, in pixels of [0,1], of a method that attacks in one step itself; None if that is eps."""
+        return None
+
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a batch. The model is in train mode (BatchNorm)."""
         raise NotImplementedError

@@ -35,6 +35,9 @@ class GradAlign(Method):
     def __post_init__(self) -> None:
         check(self)
 
+    def longest_step(self, eps: float) -> float:
+        return self.step_factor * eps
+
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         return attacked_cross_entropy(model, batch)
 

@@ -98,8 +98,8 @@ class TrainStep:
         self.attack: PGD | None = None
         if method.adversarial and method.uses_recipe_attack and attack is not None:
             self.attack = check_attack(attack, method)
-            if line := weakness(self.attack):
-                self.console.line(line)
+        if attack is not None and (method.adversarial or method.held_out):
+            self._say([weakness(attack, method.longest_step(attack.eps))])
         self.loader = loader
         if method.replays_noise and loader is None:
             raise ValueError(f"{type(method).__name__} needs loader, whose length is the number of steps in an epoch")
