@@ -17,6 +17,7 @@ from PIL import Image
 import fastafd
 from fastafd import train
 from fastafd.attacks import PGD, weakness
+from fastafd.console import Console
 from fastafd.evaluation import pgd20
 from fastafd.models import build_model
 from fastafd.models.cost import multiplications, set_threads
@@ -139,6 +140,38 @@ def test_a_setting_without_effect_is_refused_by_name(flags, words, capsys, tmp_p
     line = line_of(train.main, flags.split(), capsys)
     assert all(any(choice in line for choice in word.split("|")) for word in words), line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, says",
+    [
+        ("fgsm_ga", ["--step-factor", "0.01"], "the longest step reaches 0.08/255, less than eps 8/255"),
+        ("fgsm_ga", [], None),
+        ("atas", ["--attack.eps", "16/255"], "the longest step reaches 14/255, less than eps 16/255"),
+        ("atas", [], None),
+        ("rift", ["--attack.steps", "1"], "the longest step reaches 2/255, less than eps 8/255"),
+        ("rift", [], None),
+        ("free_at", [], None),
+        ("free_at", ["--attack.eps", "0"], "with eps 0 the attacked images are the clean ones"),
+        ("released", ["--attack.eps", "0"], "with eps 0 the attacked images are the clean ones"),
+        ("trades", ["--attack.step-size", "0"], "10 steps of 0/255 reach 0/255, less than eps 8/255"),
+    ],
+)
+def test_a_weak_attack_of_any_method_is_named(recipe, flags, says, capsys):
+    from fastafd.training.build import build_step
+
+    words = ["--recipe", recipe, *flags, "--arch", "resnet8_half", "--engine", "reference", "--device", "cpu"]
+    config = train.parse(words)
+
+    class Few:
+        n, batch_size, seed = 8, 4, 0
+
+        def __len__(self):
+            return 2
+
+    build_step(config, build_model("resnet8_half", 10), Few(), None, Console())
+    err = capsys.readouterr().err
+    assert says in err if says else "attack" not in err
 
 
 @pytest.mark.parametrize("name", ["train", "pretrain", "evaluate", "report"])

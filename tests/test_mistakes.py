@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import line_of, verb
 from safetensors.torch import save_file
 
 import fastafd
 from fastafd import cli, pretrain, train
 from fastafd.models import build_model
+from fastafd.recipes import find_recipe
 from fastafd.settings import UsageError
 
 evaluate_main = verb("evaluate")["main"]
@@ -251,3 +253,143 @@ def test_pixels_a_rounding_error_outside_are_let_through():
     model = fastafd.disentangle(net)
     step = fastafd.AFDStep(model, net, torch.optim.SGD(model.parameters(), lr=0.1), attack=fastafd.PGD(steps=1))
     step(torch.rand(2, 3, 8, 8) - 3e-8, torch.tensor([0, 1]))
+
+
+# -- every setting, in a file and as a flag -----------------------------------------------------------------------
+
+ODD = [
+    None,
+    5,
+    -1,
+    0,
+    1e300,
+    float("nan"),
+    float("inf"),
+    True,
+    "",
+    "word",
+    "8/255",
+    [],
+    {},
+    [[]],
+    [1],
+    [[0, 1], [0]],
+    ["released"],
+    {"a": {"b": 1}},
+    {1: 2},
+    10**400,
+]
+CONFIGS = {
+    "train": lambda file: train.parse(["--config", str(file)]),
+    "train digits": lambda file: train.parse(["--config", str(file), "--recipe", "digits"]),
+    "train atas": lambda file: train.parse(["--config", str(file), "--recipe", "atas"]),
+    "pretrain": lambda file: cli.parse(pretrain.PretrainConfig(), ["--config", str(file)], "fastafd.pretrain", ""),
+    "evaluate": lambda file: cli.parse(evaluate_config(), ["--config", str(file)], "fastafd.evaluate", ""),
+}
+evaluate_config = verb("evaluate")["EvaluateConfig"]
+
+
+def settings_named(name):
+    of = {
+        "train": find_recipe("released"),
+        "train digits": find_recipe("digits"),
+        "train atas": find_recipe("atas"),
+        "pretrain": pretrain.PretrainConfig(),
+        "evaluate": evaluate_config(),
+    }[name]
+    return [key for key, _, _ in cli.entries(of)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_odd_values_in_a_file_are_taken_or_refused_by_the_name_of_the_setting(name, tmp_path):
+    """Every setting and every section with every odd value: a config, or one UsageError that names the setting."""
+    file, keys = tmp_path / "config.yaml", settings_named(name)
+    sections = sorted({key.partition(".")[0] for key in keys if "." in key})
+    refused = 0
+    for key in [*keys, *sections]:
+        for value in ODD:
+            section, _, leaf = key.partition(".")
+            tree = {section: {leaf: value}} if leaf else {key: value}
+            file.write_text(yaml.safe_dump(tree))
+            try:
+                CONFIGS[name](file)
+            except UsageError as error:
+                assert key in str(error), (key, value, str(error))
+                refused += 1
+    assert refused > 3 * len(keys)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("attack: 5", ["attack", "got 5", "settings of its own, such as eps"]),
+        ("attack:", ["attack", "got None"]),
+        ("pretrain: []", ["pretrain", "got []"]),
+        ("recipe: [digits]", ["recipe", "['digits']"]),
+        ("lr: 1\nlr: 2", ["lr is there twice"]),
+        ("attack:\n  steps: 1\n  eps: 0\n  steps: 2", ["steps is there twice"]),
+        ("5: 3", ["5", "no such setting"]),
+        ("? [a]\n: 3", ["config"]),
+        ("attack: {1: 2}", ["attack.1", "no such setting"]),
+        ("a: &a {b: *a}", ["a", "no such setting"]),
+        ("lr: &a [*a]", ["lr"]),
+        ("lr: 2026-01-01", ["lr", "a number"]),
+        ("step_low: 9/255\nstep_high: 3/255\nrecipe: atas", ["step_low", "9/255", "step_high, 3/255"]),
+    ],
+)
+def test_files_that_hold_something_else(text, words, capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    line = line_of(train.main, ["--config", file], capsys)
+    assert all(word in line for word in words), line
+
+
+def test_a_recipe_that_does_not_exist_is_blamed_before_two_that_differ(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("recipe: 5\n")
+    line = line_of(train.main, ["--config", tmp_path / "config.yaml", "--recipe", "digits"], capsys)
+    assert "recipe: got 5, takes one of released" in line
+
+
+@pytest.mark.parametrize("text", ["attack: 5", "attack: {eps: 9}", "image_size: big", "data_dir: [a]", "dataset: 7"])
+def test_an_evaluation_names_what_is_wrong_in_the_run(text, tmp_path, capsys):
+    from fastafd.checkpoint import save_model
+
+    about = {"arch": "resnet8_half", "num_classes": 10, "normalize": "none", "image_size": 8}
+    save_model(tmp_path / "model.safetensors", build_model("resnet8_half", 10), about)
+    (tmp_path / "config.yaml").write_text(text)
+    line = line_of(evaluate_main, [tmp_path], capsys)
+    assert f"{tmp_path / 'config.yaml'}: {text.partition(':')[0]}" in line
+
+
+def test_words_may_stand_behind_flags(capsys):
+    defaults = evaluate_config()
+    assert cli.words_apart(["a", "--n", "3", "b", "--json", "c", "--seed=4", "d"], defaults) == (
+        ["a", "b", "c", "d"],
+        ["--n", "3", "--json", "--seed=4"],
+    )
+    assert cli.words_apart(["--json", "true", "a"], defaults) == (["a"], ["--json", "true"])
+    line = line_of(evaluate_main, ["runs/a", "--attack", "clean", "runs/b"], capsys)
+    assert "model: got runs/a and runs/b, takes one" in line
+    line = line_of(verb("report")["main"], ["results", "--out", "rep", "nowhere"], capsys)
+    assert "nowhere" in line and "flag" not in line
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_launchers_of_several_processes_are_refused(variable, capsys, monkeypatch):
+    for value, refused in (("2", True), ("abc", True), ("1", False), ("", False)):
+        monkeypatch.setenv(variable, value)
+        line = line_of(train.main, ["--recipe", "nothing"], capsys)
+        assert (f"({variable})" in line) == refused and ("recipe" in line) != refused
+
+
+def test_a_cpu_has_no_number(capsys):
+    assert "device: got 'cpu:7', takes auto, cpu, cuda or cuda:N" in line_of(
+        train.main, ["--recipe", "digits", "--device", "cpu:7"], capsys
+    )
+
+
+def test_lengths_are_shown_as_they_are_written():
+    config = train.parse(["--recipe", "digits", "--attack.eps", "0.5/255", "--attack.step-size", "12.3456/255"])
+    changed = cli.changes(find_recipe("digits"), config)
+    assert changed == {"attack.eps": "0.5/255", "attack.step_size": "12.3456/255"}
+    assert cli.written(find_recipe("released"))["attack.step_size"] == 0.007
