@@ -53,8 +53,6 @@ def load_model_about(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.exists():
         raise UsageError(f"model: got {path}, takes a run folder with a model.safetensors, or such a file")
-    if file.suffix != ".safetensors":
-        raise UsageError(f"model: {file} is not a safetensors file; for other weights give --arch and --weights")
     weights = read_weights(file, "model")
     about = weights.header
     if not {"arch", "num_classes", "normalize"} <= about.keys():

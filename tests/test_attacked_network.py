@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -473,3 +474,25 @@ def test_an_attack_that_reads_features_runs_alone_too():
     attack = Features(steps=2)
     x_adv = attack(model, X, Y, torch.Generator().manual_seed(0))
     assert not torch.equal(x_adv, X)
+
+
+# -- networks and optimizers that no step can use -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", [None, X.float()])
+def test_a_network_without_values_is_refused(example):
+    images = fastafd.data.ArraySplit(np.zeros((8, 8, 8, 3), np.uint8), Y.numpy())
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(ValueError, match="is on the meta device, without values"):
+        fastafd.disentangle(net, example=example)
+    for use in (lambda: PGD()(net, X, Y), lambda: fastafd.evaluate(net, images, "clean")):
+        with pytest.raises(UsageError, match="meta"):
+            use()
+
+
+def test_an_optimizer_that_evaluates_the_loss_itself_is_refused():
+    model = fastafd.disentangle(net_of())
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times a step"):
+        fastafd.AFDStep(model, net_of(), torch.optim.LBFGS(model.parameters()), engine="reference", amp="fp32")
+    fastafd.AFDStep(model, net_of(), torch.optim.AdamW(model.parameters()), engine="reference", amp="fp32")

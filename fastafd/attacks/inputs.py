@@ -88,9 +88,11 @@ def check_logits(logits: object, count: int, name: str, *, finite: bool = True) 
 
 
 def check_network(net: nn.Module, name: str) -> None:
-    """Raise UsageError, for the argument `name`, for a network that autograd cannot use: made in inference mode."""
+    """Raise UsageError, for the argument `name`, for a network made in inference mode or without values."""
     if any(tensor.is_inference() for tensor in (*net.parameters(), *net.buffers())):
         raise UsageError(f"{name}: its weights are inference tensors; make or load it outside torch.inference_mode()")
+    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise UsageError(f"{name}: its weights are on the meta device, without values; load weights into it first")
 
 
 @contextmanager

@@ -169,10 +169,11 @@ def weakness(attack: Ball, step: float | None = None) -> str | None:
         steps, step = 1, attack.eps if step is None else step
     if steps * step >= attack.eps * (1 - 1e-6):
         return None
-    moves = f"{steps} steps of {in_255ths(step)} reach" if steps > 1 else "the longest step reaches"
+    steps_reach = f"{steps} steps of {in_255ths(step)} reach" if steps > 1 else "the longest step reaches"
+    reach, eps = in_255ths(steps * step), in_255ths(attack.eps)
     return (
-        f"a weak attack: {moves} {in_255ths(steps * step)}, less than eps {in_255ths(attack.eps)}; a robustness measured"
-        " or trained with it may not be there"
+        f"a weak attack: {steps_reach} {reach}, less than eps {eps}; a robustness measured or trained with it may not"
+        " be there"
     )
 
 

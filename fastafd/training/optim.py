@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,15 @@ def make_sgd(
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Compare the optimizer's weights with the model's; returns lines about weights that will not train.
 
-    Raises ValueError if the optimizer lacks a weight of the model that requires a gradient, and if no weight except D1
-    and D2 requires one.
+    Raises ValueError if the optimizer lacks a weight of the model that requires a gradient, if no weight except D1 and
+    D2 requires one, and if the optimizer evaluates the loss itself, as LBFGS does.
     """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, and a step has one loss; take SGD,"
+            " AdamW or another optimizer whose step() needs no closure"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     weights = dict(model.named_parameters())
     trained = {name: p for name, p in weights.items() if p.requires_grad}
