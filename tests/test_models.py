@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,3 +195,31 @@ def test_what_cannot_be_disentangled_says_why():
         fastafd.disentangle(nn.Sequential(nn.Flatten()))
     with pytest.raises(ValueError, match="merge"):
         fastafd.disentangle(fastafd.disentangle(nn.Sequential(nn.Flatten(), nn.Linear(12, 4))))
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("resnet8")])
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_gradients_stay_within_their_memory(arch, side):
+    """In a process of its own: on some CPUs PyTorch overran it, and the process died some operations later."""
+    code = f"""
+import torch
+from fastafd.models import build_model
+net = build_model({arch!r}, 2)
+x = torch.rand(4, 3, {side}, {side}).contiguous(memory_format=torch.channels_last)
+for _ in range(30):
+    net(x).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0
+
+
+def test_narrow_shortcuts_are_those_with_a_stride():
+    """Every other pixel and no stride is what the convolution with its stride computes."""
+    net = build_model("resnet8_half", 10).double().eval()
+    strided = copy.deepcopy(net)
+    block = strided.layer2[0]
+    assert block.every_other and block.shortcut[0].stride == (1, 1)
+    block.every_other, block.shortcut[0].stride = False, (2, 2)
+    x = torch.rand(2, 3, 17, 16, dtype=torch.float64)
+    torch.testing.assert_close(net(x), strided(x), rtol=1e-12, atol=1e-12)
+    assert not any(getattr(module, "every_other", False) for module in build_model("resnet18", 10).modules())
