@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from tiny import afd_step, assert_close, batches, needs_gpu, tiny
+from tiny import Tiny, afd_step, assert_close, batches, needs_gpu, tiny
 
 from fastafd.methods import Natural
 from fastafd.training.graphs import WARM_UPS, Graphs
@@ -52,6 +52,70 @@ class OnTheCPU(Graphs):
                 p.grad = grad
 
         return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
+
+
+class Scaled(Tiny):
+    """Reads a number that a user may set."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return super().forward(x * self.factor)
+
+
+class Counting(Tiny):
+    """Counts its calls, as a forward does that runs in Python; a replay runs none."""
+
+    calls, counts = 0, True
+
+    def forward(self, x):
+        self.calls += type(self).counts
+        return super().forward(x)
+
+
+class Replacing(Tiny):
+    """Replaces its buffer in each forward in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.shift = 0.5 * self.shift + 0.5 * x.detach().mean()
+        return super().forward(x - self.shift)
+
+
+class WithoutPython(OnTheCPU):
+    def _record(self, *inputs):
+        recorded, held, outputs = super()._record(*inputs)
+
+        def replay():
+            Counting.counts = False
+            recorded.replay()
+            Counting.counts = True
+
+        return type("Recorded", (), {"replay": staticmethod(replay)}), held, outputs
+
+
+@pytest.mark.parametrize("kind", [Scaled, Counting, Replacing])
+def test_what_a_recording_would_not_see(kind, capsys):
+    """A number set between steps is recorded anew, a forward that replaces tensors is not recorded."""
+    with torch.compiler.set_stance("force_eager"):
+        plain, replayed = (afd_step(tiny(kind), "fast") for _ in range(2))
+        replayed._replay(WithoutPython(replayed))
+        for index, (x, y) in enumerate(batches(WARM_UPS + 6)):
+            if kind is Scaled and index == WARM_UPS + 2:
+                plain.model.backbone.factor = replayed.model.backbone.factor = 2.0
+            plain(x, y)
+            replayed(x, y)
+    assert_close(replayed, plain, 1e-6)  # a recorded step keeps the learning rate in fp32
+    err = capsys.readouterr().err
+    assert ("the step is recorded anew: backbone.factor of the model has changed" in err) == (kind is Scaled)
+    assert ("no CUDA graph, the compiled step is launched kernel by kernel: the forward replaces" in err) == (
+        kind is Replacing
+    )
+    assert replayed.graphs.replays == {Scaled: 3, Counting: 6, Replacing: 0}[kind]
 
 
 def test_launches_by_graphs_are_the_step():
@@ -244,7 +308,7 @@ def test_a_step_that_waits_cannot_be_recorded_and_still_runs():
     code = """
 import sys, torch
 sys.path.insert(0, "tests")
-from tiny import afd_step, batches, tiny
+from tiny import Tiny, afd_step, batches, tiny
 from fastafd.training.graphs import WARM_UPS
 step = afd_step(tiny(dtype=torch.float32), "fast", "cuda")
 average, stream = step.engine.average, torch.cuda.current_stream()

@@ -78,6 +78,13 @@ class Snapshot(nn.Module):
             bias = None if classifier.bias is None else classifier.bias.detach().to(wide, copy=True)
             self.register_buffer("bias", bias)
 
+    def fits(self) -> bool:
+        """False if the network now has a tensor of another shape, or none, where `refresh` reads one."""
+        return all(
+            isinstance(live := getattr(module, name, None), Tensor) and live.shape == copied.shape
+            for copied, module, name in self._copies
+        )
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the network's current weights and statistics into the snapshot, in place."""

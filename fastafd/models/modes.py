@@ -28,12 +28,17 @@ def examined(net: nn.Module) -> Iterator[None]:
 
     Even in eval mode a forward may draw numbers, and may change its statistics.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
-    with eval_mode(net), torch.random.fork_rng():
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    held = [(module, dict(module._buffers)) for module in net.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    try:
+        with eval_mode(net), torch.random.fork_rng():
+            yield
+    finally:
+        for module, buffers in held:
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -41,9 +41,7 @@ class Graphs:
             try:
                 self.recorded[key] = self._record(*inputs)
             except Exception as error:  # a model may do anything that cannot be recorded
-                self.works = False
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                self.console.line(f"no CUDA graph, the compiled step is launched kernel by kernel: {reason}")
+                self.refuse(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
                 return self._run_unrecorded(*inputs)
         graph, recorded_inputs, outputs = self.recorded[key]
         for recorded, new in zip(recorded_inputs, inputs, strict=True):
@@ -52,6 +50,12 @@ class Graphs:
         graph.replay()
         self.replays += 1
         return outputs
+
+    def refuse(self, reason: str) -> None:
+        """Run unrecorded from now on; a line says why."""
+        if self.works:
+            self.works = False
+            self.console.line(f"no CUDA graph, the compiled step is launched kernel by kernel: {reason}")
 
     def clear(self) -> None:
         """Forget all recordings and warm-ups, because the step now uses other tensors."""

@@ -37,12 +37,12 @@ from fastafd.kernels.afd_loss import angular_distance
 from fastafd.methods import Batch, Loss, Method
 from fastafd.models import Modes, SplitNet, check_copy, check_split, examined, split
 from fastafd.settings import RunError, UsageError, choice, number
-from fastafd.training.ema import EMA, copied_now, named_tensors
+from fastafd.training.changes import Changes
+from fastafd.training.ema import EMA, copied_now, named_tensors, tensors_held
 from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.training.graphs import Graphs
 from fastafd.training.optim import check_optimizer, fuse, needs_host, restore, to_channels_last
 from fastafd.training.timing import PhaseTimer
-from fastafd.training.watch import Watch
 
 # images, labels, crop offsets, flips, the attack's start noise, the number of the epoch
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -123,7 +123,8 @@ class TrainStep:
         self.timer = self._phases = PhaseTimer(self.device)
         self.steps = 0
         self._checked: set[torch.Size] = set()  # shapes of images that the networks took
-        self._watch = Watch(model)
+        self._changes = Changes(model)
+        self._changed: str | None = None  # by the forward of the last step
 
         self.graphs: Graphs | None = None
         self._state: Any = None  # the optimizer's state whose tensors the recordings use
@@ -161,20 +162,28 @@ class TrainStep:
         if first:
             self._check_networks(inputs[0], inputs[1])
             self._checked.add(x.shape[1:])
-        elif self.fast and (change := self._watch.change()):
-            self._renew(change, inputs[0], inputs[1])
+            self._changes.first()  # the checks themselves may have made some
+        elif self.fast:
+            self._follow(inputs[0], inputs[1])
         if (flags := self._flags()) != self._trainable:
             self._trainable = flags
             self._say(check_optimizer(self.model, self.optimizer))
+        held = tensors_held(self.model)
         weight = 0.0 if self.ema is None else self.ema.advance()
         if self.fast and inputs[0].shape not in self._compiled_for:
             run = self._compile
         else:
             run = self._launch
+        recorded, replays = (0, 0) if self.graphs is None else (len(self.graphs.recorded), self.graphs.replays)
         metrics = run(inputs, weight, probe and self.method.adversarial)
         self.steps += 1
-        if first:
-            self._watch = Watch(self.model)  # the first forward may have made what it keeps
+        # A replay runs no forward, but making a recording does.
+        if self.fast and (
+            self.graphs is None or self.graphs.replays == replays or len(self.graphs.recorded) > recorded
+        ):
+            self._changed = self._changes.first()
+            if self._changed and self.graphs is not None and tensors_held(self.model) != held:
+                self.graphs.refuse(f"the forward replaces tensors: {self._changed}")
         return metrics
 
     @torch.inference_mode(False)
@@ -300,15 +309,19 @@ class TrainStep:
             raise RunError("model: its output is not finite for the first batch")
         self.engine.check(x, y)
 
-    def _renew(self, change: str, images: Tensor, y: Tensor) -> None:
-        """Act on what the model has changed beside the values of its tensors since the last step.
+    def _follow(self, images: Tensor, y: Tensor) -> None:
+        """Act on what has changed in the model beside the values of its tensors.
 
-        A recorded step would still use what was there before.
+        Between two steps: a recorded step would still use what was there before. In the last step's forward: the
+        attack's snapshot may not have it.
         """
-        if self.graphs is not None and self.graphs.recorded:
+        change = self._changes.first()
+        if change and self.graphs is not None and self.graphs.recorded:
             self.graphs.clear()
             self.console.line(f"the step is recorded anew: {change}")
-        self.engine.check(self._pixels(images, None, None), y)
+        if change or self._changed:
+            self.engine.check(self._pixels(images, None, None), y)
+            self._changes.first()
 
     def _run(
         self, inputs: Inputs, weight: float | Tensor, timer: PhaseTimer, probe: bool = False

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 LISTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-LATER = ("training", "_compiled_call_impl")  # a step switches modes itself
+# What every module has and no forward reads. A step switches modes itself.
+STANDARD = vars(nn.Module()).keys() - set(LISTS) | {"_compiled_call_impl"}
 
 
-class Watch:
-    """Notices changes of a network since the last look."""
+class Changes:
+    """The changes of a network since the last look."""
 
     def __init__(self, net: nn.Module):
         self.net = net
         self._before = look(net)
 
-    def change(self) -> str | None:
+    def first(self) -> str | None:
         """A sentence about the first change since the last look; None if there is none."""
         now = look(self.net)
         before, self._before = self._before, now
@@ -32,7 +33,7 @@ class Watch:
         if len(now) != len(before):
             return "the model has other layers"
         names = [name for name, _ in self.net.named_modules()]
-        index = next(index for index, (a, b) in enumerate(zip(before, now)) if a != b)
+        index = next(index for index, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         keys = sorted({*before[index], *now[index]}, key=str)
         key = next(key for key in keys if before[index].get(key, look) != now[index].get(key, look))
         return f"{f'{names[index]}.{key}'.lstrip('.')} of the model has changed"
@@ -41,15 +42,16 @@ class Watch:
 def look(net: nn.Module) -> list[dict[str, Any]]:
     """For each module: its plain attributes by value, everything else by identity, tensors with their versions."""
     return [
-        {key: _seen(key, value) for key, value in vars(module).items() if key not in LATER} for module in net.modules()
+        {key: _seen(key, value) for key, value in vars(module).items() if key not in STANDARD}
+        for module in net.modules()
     ]
 
 
 def _seen(key: str, value: Any) -> Any:
-    if key in LISTS:
-        return [*map(id, value.values())]
     if isinstance(value, PLAIN):
         return value
+    if key in LISTS:
+        return [*map(id, value.values())] if value else None
     if isinstance(value, Tensor) and not value.is_inference():
         return id(value), value._version
     return id(value)
