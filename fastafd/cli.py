@@ -27,7 +27,7 @@ import yaml
 from fastafd.console import end
 from fastafd.device import enough_memory
 from fastafd.files import save_text
-from fastafd.settings import RunError, Stopped, UsageError, fraction, in_255ths, pixels, switch
+from fastafd.settings import RunError, Stopped, UsageError, fraction, in_255ths, pixels, switch, user_path
 
 LAUNCHERS = {  # the variable in which each counts its processes
     "WORLD_SIZE": "torchrun",
@@ -55,7 +55,7 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
     files, words = take(argv, {"--config": "a YAML file of settings"})
     parser.add_argument("--config", help="YAML file of settings, such as a run folder's config.yaml")
     listed = list(entries(defaults))
-    written_in_files = [settings_of(Path(file).expanduser(), defaults) for file in files["--config"]]
+    written_in_files = [settings_of(user_path(file, "config"), defaults) for file in files["--config"]]
     from_files = {name: value for settings in written_in_files for name, value in settings.items()}
     for name, default, field in listed:
         value = from_files.get(name, default)
@@ -194,7 +194,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. UsageError for a file that cannot be read or holds none."""
     try:
         settings = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise UsageError(f"config: {path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"config: {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"config: {path} holds no settings, takes lines such as 'lr: 0.01'")
@@ -297,7 +299,7 @@ class _Parser(jsonargparse.ArgumentParser):
         unrecognised = re.search(r"unrecognized arguments: (\S+)", message)
         without_value = re.search(r"argument (\S+): expected one argument", message)
         if unrecognised and not unrecognised[1].startswith("-"):
-            raise UsageError(f"{unrecognised[1]}: no flag stands before it that takes it")
+            raise UsageError(f"{unrecognised[1]}: takes flags alone, and no flag before this word takes it")
         if unrecognised:
             got = unrecognised[1].split("=")[0]
             near = _nearest(got.removeprefix("--").replace("-", "_"), names)

@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     words, argv = cli.words_apart(argv, EvaluateConfig())
     if len(words) > 1:
         raise UsageError(f"model: got {' and '.join(words)}, takes one run folder or model.safetensors")
+    if words and any(flag.partition("=")[0] == "--model" for flag in argv):
+        raise UsageError(f"model: got {words[0]} and --model, takes one of them")
     argv = [word for model in words for word in ("--model", model)] + argv
     config = cli.parse(EvaluateConfig(), argv, prog="fastafd.evaluate", about=__doc__)
     console = Console()

@@ -25,7 +25,7 @@ from fastafd.reporting.markdown import markdown
 from fastafd.reporting.page import made, report
 from fastafd.reporting.runs import read_runs
 from fastafd.reporting.tables import TABLES
-from fastafd.settings import UsageError, check, path, setting, unknown
+from fastafd.settings import UsageError, check, path, setting, unknown, user_path
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     name = words[0]
     if name not in names:
         raise unknown("report", name, names)
-    runs = read_runs([Path(word).expanduser() for word in words[1:] or ["runs"]])
+    runs = read_runs([user_path(word, "runs") for word in words[1:] or ["runs"]])
     if name in TABLES:
         print(markdown(TABLES[name](runs)))
     elif name in FIGURES:

@@ -48,8 +48,8 @@ def cache_dir() -> Path:
     """
     folder = os.environ.get("FASTAFD_CACHE")
     if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastafd"
+        return user_path(folder, "FASTAFD_CACHE")
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "fastafd"
 
 
 # The accuracies of an evaluation, in order: their names in settings and results, and in tables.
@@ -144,11 +144,19 @@ def optional(inner: Parser) -> Parser:
     return parse
 
 
+def user_path(value: object, field: str) -> Path:
+    """The path that a user wrote, with `~` and `~name` as home folders. UsageError for what no path can be."""
+    if not isinstance(value, (str, Path)) or "\0" in str(value):
+        raise UsageError(f"{field}: got {value!r}, takes a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{field}: got {value}, and this machine has no such home folder") from None
+
+
 def path(value: object, field: str) -> Path:
     """Parse a path and make it absolute, because a run folder's config must be valid from any working directory."""
-    if not isinstance(value, (str, Path)):
-        raise UsageError(f"{field}: got {value!r}, takes a path")
-    return Path(value).expanduser().absolute()
+    return user_path(value, field).absolute()
 
 
 def weights_file(value: object, field: str) -> str:

@@ -36,7 +36,7 @@ from fastafd.models import Disentangled, check_model
 from fastafd.models.cost import set_threads
 from fastafd.recipes import find_recipe, matched
 from fastafd.samples import save_samples
-from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths
+from fastafd.settings import ATTACK_NAMES, UsageError, in_255ths, user_path
 from fastafd.training import build
 from fastafd.training.engine import engine_of
 from fastafd.training.forecast import forecast
@@ -282,7 +282,7 @@ def configure(argv: list[str]) -> tuple[TrainConfig, Path]:
     if flags["--resume"]:
         if len(flags["--resume"]) > 1 or rest:
             raise UsageError("resume: takes one run folder and no other flag, since a resumed run keeps its settings")
-        folder = Path(flags["--resume"][0]).expanduser()
+        folder = user_path(flags["--resume"][0], "resume")
         if not (folder / "config.yaml").exists():
             raise UsageError(f"resume: got {folder}, takes a run folder, and this one has no config.yaml")
         return parse(["--config", str(folder / "config.yaml")]), folder
@@ -307,7 +307,7 @@ def pretraining(config: TrainConfig) -> PretrainConfig:
 def parse(argv: list[str]) -> TrainConfig:
     """The config: the recipe that `--recipe`, or else the `--config` file, names, changed by the file and the flags."""
     flags, rest = cli.take(argv, {"--recipe": "the name of a recipe", "--config": "a YAML file of settings"})
-    names = [cli.read_yaml(Path(file)).get("recipe") for file in flags["--config"] if Path(file).is_file()]
+    names = [cli.read_yaml(user_path(file, "config")).get("recipe") for file in flags["--config"]]
     names = [name for name in names if name is not None] + flags["--recipe"][-1:]
     for name in names:
         find_recipe(name)

@@ -393,3 +393,36 @@ def test_lengths_are_shown_as_they_are_written():
     changed = cli.changes(find_recipe("digits"), config)
     assert changed == {"attack.eps": "0.5/255", "attack.step_size": "12.3456/255"}
     assert cli.written(find_recipe("released"))["attack.step_size"] == 0.007
+
+
+@pytest.mark.parametrize(
+    "verb_name, words, says",
+    [
+        ("train", ["--recipe", "digits", "--out", "~nobody-here/x"], "out: got ~nobody-here/x"),
+        ("train", ["--recipe", "digits", "--data-dir", "~nobody-here"], "data_dir: got ~nobody-here"),
+        ("train", ["--resume", "~nobody-here"], "resume: got ~nobody-here"),
+        ("train", ["--config", "~nobody-here/c.yaml"], "config: got ~nobody-here/c.yaml"),
+        ("train", ["--pretrained", "~nobody-here/w.pt"], "pretrained: got ~nobody-here/w.pt"),
+        ("report", ["results", "~nobody-here"], "runs: got ~nobody-here"),
+        ("evaluate", ["~nobody-here"], "model: got ~nobody-here"),
+    ],
+)
+def test_home_folders_that_do_not_exist(verb_name, words, says, capsys):
+    main = train.main if verb_name == "train" else verb(verb_name)["main"]
+    assert f"{says}, and this machine has no such home folder" in line_of(main, words, capsys)
+
+
+@pytest.mark.parametrize("text, says", [("[" * 3000, "nested too deeply"), ('out: "a\\0b"', "out: got 'a\\x00b'")])
+def test_files_that_break_a_parser(text, says, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert says in line_of(train.main, ["--config", tmp_path / "config.yaml", "--recipe", "digits"], capsys)
+
+
+def test_a_config_in_the_home_folder_chooses_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("recipe: vaft\n")
+    assert train.parse(["--config=~/c.yaml"]).method == find_recipe("vaft").method
+
+
+def test_a_model_is_named_once(capsys):
+    assert "got x and --model" in line_of(evaluate_main, ["x", "--model", "y"], capsys)

@@ -21,7 +21,7 @@ import numpy as np
 from fastafd.console import Bar, Console
 from fastafd.data.splits import Split
 from fastafd.files import save_text
-from fastafd.settings import RunError
+from fastafd.settings import RunError, user_path
 
 Report = Callable[[str], None]
 BLOCK = 256  # images decoded at a time while writing
@@ -56,7 +56,7 @@ def ensure_beton(split: Split, name: str, folder: Path, report: Report) -> Path:
     Raises RunError if the folder cannot be written (a full disk), UsageError if a source image cannot be read; neither
     leaves a file behind.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder, "folder")
     path = folder / f"{name}-{split.fingerprint[:12]}.beton"
     side = path.with_suffix(".json")
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from fastafd.console import Console
 from fastafd.data.catalogue import examine, first_line, shown
 from fastafd.data.splits import ArraySplit, FolderSplit, Split, unreadable, wrong_size
-from fastafd.settings import UsageError, number, unknown
+from fastafd.settings import UsageError, number, unknown, user_path
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -79,7 +79,7 @@ def load_dataset(
         raise UsageError(f"image_size: got {image_size}, takes {source.image_size} for {name} (or leave it out)")
     if image_size is not None:
         image_size = SIDE(image_size, "image_size")
-    place = Place(Path(data_dir).expanduser(), source.image_size or image_size, download, skip_bad_images)
+    place = Place(user_path(data_dir, "data_dir"), source.image_size or image_size, download, skip_bad_images)
     try:
         classes, train, test = source.load(place)
     except OSError as error:  # a folder without permission, a link that points to itself

@@ -22,7 +22,7 @@ from fastafd.data import Augment, Dataset, Loader, make_loader
 from fastafd.device import resolve_amp, resolve_device
 from fastafd.methods import Natural
 from fastafd.models import build_model
-from fastafd.settings import UsageError, cache_dir
+from fastafd.settings import UsageError, cache_dir, user_path
 from fastafd.training.engine import resolve_engine
 from fastafd.training.loop import fit
 from fastafd.training.optim import make_sgd
@@ -149,7 +149,7 @@ def read_pretrained(pretrained: str, task: Task) -> Weights:
             )
         source = example_weights()
     else:
-        source = Path(pretrained).expanduser()
+        source = user_path(pretrained, "pretrained")
         source = source / "model.safetensors" if source.is_dir() else source
     weights = read_weights(source, "pretrained")
     check_classifier(weights, task.arch, task.normalize)
