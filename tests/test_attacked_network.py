@@ -479,14 +479,16 @@ def test_an_attack_that_reads_features_runs_alone_too():
 # -- networks and optimizers that no step can use -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", [None, X.float()])
-def test_a_network_without_values_is_refused(example):
+def test_a_network_without_values_is_refused():
     images = fastafd.data.ArraySplit(np.zeros((8, 8, 8, 3), np.uint8), Y.numpy())
     with torch.device("meta"):
         net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(ValueError, match="is on the meta device, without values"):
-        fastafd.disentangle(net, example=example)
-    for use in (lambda: PGD()(net, X, Y), lambda: fastafd.evaluate(net, images, "clean")):
+        fastafd.disentangle(net, example=X.float())
+    model = fastafd.disentangle(net)  # values may be loaded later
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    step = lambda: fastafd.AFDStep(model, net_of(), sgd, engine="reference", amp="fp32")  # noqa: E731
+    for use in (step, lambda: PGD()(net, X, Y), lambda: fastafd.evaluate(net, images, "clean")):
         with pytest.raises(UsageError, match="meta"):
             use()
 

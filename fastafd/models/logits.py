@@ -67,8 +67,6 @@ def copied(net: nn.Module) -> nn.Module:
     Raises ValueError if the network cannot be copied or unwrapped.
     """
     source = unwrapped(net)
-    if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
-        raise ValueError(f"{type(source).__name__} is on the meta device, without values; load weights into it first")
     try:
         with torch.inference_mode(False):
             net = copy.deepcopy(source)

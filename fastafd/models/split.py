@@ -105,6 +105,8 @@ def split(
     Raises ValueError, which names the layer and the reason, if something else computes the output.
     """
     net = copied(net)
+    if example is not None and any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise ValueError(f"{type(net).__name__} is on the meta device, without values; load weights into it first")
     if isinstance(net, SplitNet):
         raise ValueError("the network is already split or disentangled; call merge() first")
     layer = find_logits_layer(net, classifier, example)
