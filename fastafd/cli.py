@@ -207,10 +207,12 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key that is there twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.YAMLError(f"{key} is there twice, the second time in line {node.end_mark.line + 1}")
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in keys:
+                    raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 

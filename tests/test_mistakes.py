@@ -326,7 +326,7 @@ def test_odd_values_in_a_file_are_taken_or_refused_by_the_name_of_the_setting(na
         ("attack:", ["attack", "got None"]),
         ("pretrain: []", ["pretrain", "got []"]),
         ("recipe: [digits]", ["recipe", "['digits']"]),
-        ("lr: 1\nlr: 2", ["lr is there twice"]),
+        ("lr: 1\nseed: 3\nlr: 2", ["lr is there twice, again in line 3"]),
         ("attack:\n  steps: 1\n  eps: 0\n  steps: 2", ["steps is there twice"]),
         ("5: 3", ["5", "no such setting"]),
         ("? [a]\n: 3", ["config"]),

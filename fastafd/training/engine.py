@@ -158,7 +158,6 @@ class Fast:
     _logits: Callable[[Tensor], Tensor] | None = None  # for an attack with a target of its own
     choice: Choice | None = None  # chooses the forms of the snapshot's convolutions
     side: torch.cuda.Stream | None = None  # the teacher's stream, on CUDA
-    _teacher_checked = False
     _teaching = False  # True while the side stream may have work that `join` must wait for
 
     def __init__(
@@ -203,6 +202,7 @@ class Fast:
             elif overrides(attack, "target"):
                 self._logits = Compiled("the attacked network", self.snapshot.logits, console)
         self.teacher = teacher
+        self._taught: set[torch.Size] = set()  # shapes of images for which the teacher's snapshot was compared
         if teacher is not None:
             taught = Snapshot(teacher, dtype)
             taught.refresh()
@@ -226,9 +226,9 @@ class Fast:
 
     def check(self, x: Tensor, y: Tensor) -> None:
         x, y = x[:COMPARED].clone(), y[:COMPARED]
-        if self.teacher is not None and not self._teacher_checked:
-            self._teacher_checked = True
-            if not teaches_the_same(self.teacher, x, self.weights):
+        if self.teacher is not None and x.shape not in self._taught:
+            self._taught.add(x.shape)
+            if self._teacher is not self.teacher and not teaches_the_same(self.teacher, x, self.weights):
                 self.console.line("the teacher's features are computed by the network itself: its snapshot has others")
                 self._teacher = self.teacher
         if self.snapshot is None or self.itself is not None:
