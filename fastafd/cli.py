@@ -65,6 +65,10 @@ def parse(defaults: Any, argv: list[str], prog: str, about: str | None) -> Any:
         if field.metadata["parse"] is switch:  # --json alone means --json true
             form |= {"nargs": "?", "const": True}
         parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", **form)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for word in words:
+        if word.startswith("--") and word.partition("=")[0] not in known:
+            parser.error(f"unrecognized arguments: {word}")
     args = parser.parse_args(words)
     return build(defaults, {name: args[name] for name, _, _ in listed})
 
@@ -196,8 +200,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(), _Loader)
     except RecursionError:
         raise UsageError(f"config: {path} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"config: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"config: {path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
     if not isinstance(settings, dict):
         raise UsageError(f"config: {path} holds no settings, takes lines such as 'lr: 0.01'")
     return settings

@@ -149,7 +149,10 @@ def user_path(value: object, field: str) -> Path:
     if not isinstance(value, (str, Path)) or "\0" in str(value):
         raise UsageError(f"{field}: got {value!r}, takes a path")
     try:
+        os.fsencode(value)
         return Path(value).expanduser()
+    except UnicodeEncodeError:
+        raise UsageError(f"{field}: got {str(value)!r}, takes a path") from None
     except RuntimeError:
         raise UsageError(f"{field}: got {value}, and this machine has no such home folder") from None
 
@@ -183,10 +186,14 @@ def lr_steps(value: object, field: str) -> tuple[tuple[float, float], ...]:
     takes = "pairs FRACTION:FACTOR from 0 on, rising, such as 0:1,0.75:0.1,0.9:0.01"
     try:
         pairs = [pair.split(":") for pair in value.split(",")] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+        if any(isinstance(pair, str) for pair in pairs):
+            raise ValueError(value)
         steps = tuple((float(at), float(factor)) for at, factor in pairs)
     except (TypeError, ValueError):
         raise UsageError(f"{field}: got {value!r}, takes {takes}") from None
     starts = [at for at, _ in steps]
+    if not all(math.isfinite(number) for pair in steps for number in pair):
+        raise UsageError(f"{field}: got {value!r}, takes {takes}")
     if not steps or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] > 1 or min(f for _, f in steps) < 0:
         raise UsageError(f"{field}: got {value!r}, takes {takes}")
     return steps

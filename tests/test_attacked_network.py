@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastafd.attacks import KLPGD, PGD, input_gradient
 from fastafd.methods import PGDAT, VAFT
 from fastafd.models import split
 from fastafd.settings import UsageError
+from fastafd.training.ema import EMA
 from fastafd.training.step import TrainStep
 
 X = torch.rand(8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -272,6 +274,53 @@ def set_constant(net, index):
     net.constant.fill_(index)
 
 
+class Held(nn.Sequential):
+    """Reads numbers and tensors that it keeps in containers and objects."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.config, self.memory = {"factor": 1.0}, [torch.ones((), dtype=torch.float64)]
+        self.options = SimpleNamespace(shift=0.0)
+
+    def forward(self, x):
+        return super().forward(x * self.config["factor"] * self.memory[0] + self.options.shift)
+
+
+def set_in_a_dict(net, index):
+    net.config["factor"] = 1.0 + index
+
+
+def set_in_a_list(net, index):
+    net.memory[0].add_(index)
+
+
+def set_in_an_object(net, index):
+    net.options.shift = 0.1 * index
+
+
+class Tanh(nn.ReLU):
+    def forward(self, x):
+        return x.tanh()
+
+
+def set_class(net, index):
+    net[2].__class__ = Tanh
+
+
+def wrap_a_layer(net, index):
+    if index == 1:
+        net[0] = nn.Sequential(net[0])
+
+
+def replace_activation(net, index):
+    net[2] = nn.Tanh()
+
+
+def without_statistics(net, index):
+    net[1].running_mean = net[1].running_var = None
+    net[1].track_running_stats = False
+
+
 class InPlace(Running):
     """Changes its buffer in place, and reads what it computes from it."""
 
@@ -302,6 +351,12 @@ class Constant(nn.Sequential):
         (nn.Sequential, replace_weight),
         (nn.Sequential, add_hook),
         (Constant, set_constant),
+        (Held, set_in_a_dict),
+        (Held, set_in_a_list),
+        (Held, set_in_an_object),
+        (nn.Sequential, set_class),
+        (nn.Sequential, replace_activation),
+        (nn.Sequential, without_statistics),
     ],
 )
 def test_what_a_network_changes_between_steps_is_seen(kind, change):
@@ -323,6 +378,64 @@ def test_the_average_has_what_the_model_has(engine):
     assert 0 < step.averaged().backbone.shift < 0.5 and step.averaged().backbone.shift != step.model.backbone.shift
     scaled = trained(engine, net=Scaled(*net_of()), change=set_factor)
     assert scaled.averaged().backbone.factor == 3.0
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_the_average_of_a_model_with_a_layer_wrapped_later(engine):
+    step = trained(engine, change=wrap_a_layer)
+    plain = trained(engine)
+    assert torch.equal(step.averaged().backbone[0][0].bias, step.ema.module.backbone[0][0].bias)
+    assert len(list(step.averaged().parameters())) == len(list(plain.averaged().parameters()))
+
+
+def test_complex_buffers_are_averaged():
+    net = nn.Linear(2, 2)
+    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    ema = EMA(net, 0.5)
+    net.phase.fill_(4 + 4j)
+    ema.move(0.25)
+    assert torch.equal(ema.module.phase, torch.full((2,), 1 + 1j))
+
+
+@pytest.mark.parametrize("first, second", [("fast", "reference"), ("reference", "fast"), ("fast", "fast")])
+def test_a_state_of_one_engine_continues_in_the_other(first, second):
+    """The fast engine's momentum is channels_last and its SGD fused; PyTorch's fused SGD ignores strides."""
+
+    def step(engine):
+        model = split(net_of())
+        sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        return TrainStep(model, sgd, PGDAT(), attack=PGD(steps=1), amp="fp32", engine=engine, ema_decay=0.5)
+
+    whole, begun, resumed = step("reference"), step(first), step(second)
+    for _ in range(2):
+        whole(X, Y)
+        begun(X, Y)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
+    for _ in range(2):
+        whole(X, Y)
+        resumed(X, Y)
+    assert_same(resumed.model, whole.model, 1e-9)
+
+
+@pytest.mark.parametrize("how", ["weights", "model", "state"])
+def test_a_layout_that_changes_between_steps(how):
+    models = []
+    for engine in ("reference", "fast"):
+        model = split(net_of())
+        sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        step = TrainStep(model, sgd, PGDAT(), attack=PGD(steps=1), amp="fp32", engine=engine)
+        for index in range(3):
+            step(X, Y)
+            if index == 0 and how == "weights":
+                for p in model.parameters():
+                    p.data = p.data.clone(memory_format=torch.contiguous_format)
+            elif index == 0 and how == "model":
+                model.to(memory_format=torch.contiguous_format)
+            elif index == 0:
+                for values in sgd.state.values():
+                    values["momentum_buffer"] = values["momentum_buffer"].clone(memory_format=torch.contiguous_format)
+        models.append(model)
+    assert_same(models[1], models[0], 1e-9)
 
 
 @pytest.mark.parametrize("engine", ["reference", "fast"])
@@ -356,6 +469,33 @@ class Features(PGD):
         classifier.eval()
         clean = classifier.features(x).detach()
         return lambda v: torch.autograd.grad((classifier.features(v) - clean + 0.1).norm(), v)[0]
+
+
+class InTrainMode(PGD):
+    def ascent(self, classifier, x, y):
+        classifier.train()
+        return lambda v: -input_gradient(classifier, v, y)
+
+
+class OfACopy(PGD):
+    def ascent(self, classifier, x, y):
+        other = copy.deepcopy(classifier)
+        return lambda v: -input_gradient(other, v, y)
+
+
+class MovedWeights(PGD):
+    """As adversarial weight perturbation does."""
+
+    def ascent(self, classifier, x, y):
+        def gradient(v):
+            with torch.no_grad():
+                classifier.classifier.weight.neg_()
+            grad = input_gradient(classifier, v, y)
+            with torch.no_grad():
+                classifier.classifier.weight.neg_()
+            return grad
+
+        return gradient
 
 
 class OwnClimb(PGD):
@@ -396,7 +536,9 @@ def on_the_object():
 
 
 @pytest.mark.parametrize("tail", ["logits", "log_softmax"])
-@pytest.mark.parametrize("kind", [Features, OwnClimb, Margin, Heavy, Some, Likeliest, KLPGD, "object"])
+@pytest.mark.parametrize(
+    "kind", [Features, InTrainMode, OfACopy, MovedWeights, OwnClimb, Margin, Heavy, Some, Likeliest, KLPGD, "object"]
+)
 def test_an_attack_of_ones_own_is_climbed_as_it_is(kind, tail):
     net = net_of(*[nn.LogSoftmax(1)] * (tail == "log_softmax"))
     attack = on_the_object() if kind == "object" else kind(steps=2)

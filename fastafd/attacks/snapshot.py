@@ -79,10 +79,21 @@ class Snapshot(nn.Module):
             self.register_buffer("bias", bias)
 
     def fits(self) -> bool:
-        """False if the network now has a tensor of another shape, or none, where `refresh` reads one."""
+        """False if the network now has a tensor of another shape or type, or none, where `refresh` reads one."""
+        pairs = [(copied, getattr(module, name, None)) for copied, module, name in self._copies]
+        norms = [norm for _, norm, _ in self._folds if norm is not None] + [norm for norm, _ in self._affines]
+        if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+            return False
+        for conv, _, folded in self._folds:
+            if conv.weight.shape != folded.conv.weight.shape or conv.weight.dtype != folded.shift.dtype:
+                return False
+        if self._heads is not None:
+            classifier, _ = self._heads
+            if classifier.weight.shape != self.weight.shape or (classifier.bias is None) != (self.bias is None):
+                return False
         return all(
-            isinstance(live := getattr(module, name, None), Tensor) and live.shape == copied.shape
-            for copied, module, name in self._copies
+            isinstance(live, Tensor) and live.shape == copied.shape and live.dtype == copied.dtype
+            for copied, live in pairs
         )
 
     @torch.no_grad()

@@ -24,12 +24,12 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def examined(net: nn.Module) -> Iterator[None]:
-    """Put all layers into eval mode. Afterwards modes, buffers and PyTorch's random state are as before.
+    """Put all layers into eval mode. Afterwards modes, weights, buffers and PyTorch's random state are as before.
 
-    Even in eval mode a forward may draw numbers, and may change its statistics.
+    Even in eval mode a forward may draw numbers and change its statistics, and an attack may change weights.
     """
     held = [(module, dict(module._buffers)) for module in net.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*net.parameters(), *net.buffers())]
     try:
         with eval_mode(net), torch.random.fork_rng():
             yield
@@ -37,8 +37,8 @@ def examined(net: nn.Module) -> Iterator[None]:
         for module, buffers in held:
             module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+            for tensor, value in values:
+                tensor.copy_(value)
 
 
 @contextmanager

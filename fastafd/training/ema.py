@@ -19,10 +19,14 @@ def named_tensors(net: nn.Module) -> dict[str, Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
-def tensors_held(net: nn.Module) -> list[int]:
-    """Which parameters and buffers the network's modules hold, as numbers: cheaper than `named_tensors`."""
-    parts = [part for module in net.modules() for part in (module._parameters, module._buffers)]
-    return [id(tensor) for part in parts for tensor in part.values()]
+def tensors_held(net: nn.Module) -> list[Any]:
+    """Which modules, parameters and buffers a network holds, and their names: cheaper than `named_tensors`."""
+    held: list[Any] = []
+    for module in net.modules():
+        for part in (module._modules, module._parameters, module._buffers):
+            held += part.keys()
+            held += map(id, part.values())
+    return held
 
 
 def copied_now(net: nn.Module) -> Any:
@@ -46,7 +50,7 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self.model = model
-        self._held: list[int] = []
+        self._held: list[Any] = []
         self.module = copied_now(model).eval().requires_grad_(False)
         self.follow()
 
@@ -60,14 +64,16 @@ class EMA:
             return
         self._held = held
         before, live = named_tensors(self.module), named_tensors(self.model)
-        if any(name not in before or before[name].shape != p.shape for name, p in live.items()) or before.keys() - live:
+        kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, live)]
+        if kinds[0] != kinds[1]:
             self.module = copied_now(self.model).eval().requires_grad_(False)
             for name, tensor in named_tensors(self.module).items():
                 if name in before and before[name].shape == tensor.shape:
                     tensor.copy_(before[name])
         mean = named_tensors(self.module)
-        self._floats = [(mean[name], p) for name, p in live.items() if p.is_floating_point()]
-        self._counts = [(mean[name], p) for name, p in live.items() if not p.is_floating_point()]
+        numbers = [name for name, p in live.items() if p.is_floating_point() or p.is_complex()]
+        self._floats = [(mean[name], live[name]) for name in numbers]
+        self._counts = [(mean[name], p) for name, p in live.items() if name not in numbers]
 
     def advance(self) -> float:
         """Count an update; returns the share by which it moves the average towards the model."""

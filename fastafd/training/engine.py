@@ -237,12 +237,31 @@ class Fast:
         if overrides(self.attack, "target"):
             with torch.no_grad(), examined(self.model):
                 check_own_target(self.attack, self.model(x), y)
-        if difference := self._difference(x):
+        if difference := self._difference(x) or self._other_ascent(x, y):
             self.console.line(
                 f"the attack runs uncompiled, on the model itself: a snapshot of it has other {difference}"
             )
             self.itself = Reference(self.modes, self.method, None, self.attack, "eval", self.ema, self._amp)
             self.snapshot = self.choice = None
+
+    def _other_ascent(self, x: Tensor, y: Tensor) -> str | None:
+        """A word if the attack's own `ascent` gets another gradient from the snapshot than from the model."""
+        if self._attacked is None:
+            return None
+        assert self.attack is not None
+        gradients = []
+        with references(), true_fp32():
+            for classifier in (self.model, Attacked(self._exact.logits, self.model)):
+                with examined(self.model), frozen(self.model):
+                    torch.manual_seed(0)
+                    try:
+                        gradient = self.attack.ascent(classifier, x, y)
+                        gradients.append(gradient(x.clone().requires_grad_()).detach())
+                    except Exception:
+                        if classifier is self.model:
+                            raise
+                        return "attributes, which its ascent uses"
+        return None if near(gradients[1], gradients[0], 30) else "gradients for its ascent"
 
     def _difference(self, x: Tensor) -> str | None:
         """What the snapshot computes otherwise than the model in eval mode on the images x; None if nothing."""
@@ -363,7 +382,7 @@ class Attacked:
     mode while it is `open`.
     """
 
-    def __init__(self, logits: Compiled, model: nn.Module):
+    def __init__(self, logits: Callable[[Tensor], Tensor], model: nn.Module):
         self._compiled, self._model = logits, model
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -84,6 +84,23 @@ def learning_rate(
     return lr * reached[-1]
 
 
+@torch.no_grad()
+def align_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Put every tensor of the optimizer's state into the memory layout of its weight. True if one was not in it.
+
+    PyTorch's fused SGD and Adam read weight, gradient and state by their places in memory, whatever their strides are.
+    """
+    moved = False
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                aligned = torch.empty_like(p, dtype=value.dtype)
+                if aligned.stride() != value.stride():
+                    values[name] = aligned.copy_(value)
+                    moved = True
+    return moved
+
+
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> bool:
     """Load a state into the tensors that the optimizer already has, because recorded CUDA graphs use those tensors.
 
@@ -137,10 +154,7 @@ def to_channels_last(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool
     if all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4):
         return False
     model.to(memory_format=torch.channels_last)
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if p.dim() == 4 and isinstance(value, torch.Tensor) and value.shape == p.shape:
-                state[name] = value.contiguous(memory_format=torch.channels_last)
+    align_state(optimizer)
     return True
 
 

@@ -41,7 +41,7 @@ from fastafd.training.changes import Changes
 from fastafd.training.ema import EMA, copied_now, named_tensors, tensors_held
 from fastafd.training.engine import Engine, Fast, Reference, engine_of, keep_compiled
 from fastafd.training.graphs import Graphs
-from fastafd.training.optim import check_optimizer, fuse, needs_host, restore, to_channels_last
+from fastafd.training.optim import align_state, check_optimizer, fuse, needs_host, restore, to_channels_last
 from fastafd.training.timing import PhaseTimer
 
 # images, labels, crop offsets, flips, the attack's start noise, the number of the epoch
@@ -165,6 +165,8 @@ class TrainStep:
             self._changes.first()  # the checks themselves may have made some
         elif self.fast:
             self._follow(inputs[0], inputs[1])
+        if align_state(self.optimizer) and self.graphs is not None:
+            self.graphs.clear()
         if (flags := self._flags()) != self._trainable:
             self._trainable = flags
             self._say(check_optimizer(self.model, self.optimizer))
@@ -233,6 +235,7 @@ class TrainStep:
             raise UsageError(f"device: got {self.device.type}, and the saved state is that of a step on {saved_on}")
         self.model.load_state_dict(state["model"])
         in_place = restore(self.optimizer, state["optimizer"])
+        in_place &= not align_state(self.optimizer)
         if self.fast:
             fuse(self.optimizer)
         if in_place:
