@@ -20,9 +20,9 @@ SUMS_IN_PLACE = (operator.iadd, "add_")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def ordinary(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """True if the module is of one of these classes, not of a subclass, without hooks and with the class's forward."""
-    if module is None or type(module) not in kinds or "forward" in vars(module):
+def ordinary(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """True if the module is of this class, not of a subclass, without hooks and with the class's forward."""
+    if module is None or type(module) is not kind or "forward" in vars(module):
         return False
     return not any(getattr(module, hooks) for hooks in HOOKS)
 

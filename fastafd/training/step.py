@@ -170,7 +170,7 @@ class TrainStep:
         if (flags := self._flags()) != self._trainable:
             self._trainable = flags
             self._say(check_optimizer(self.model, self.optimizer))
-        held = tensors_held(self.model)
+        held = None if self.graphs is None else tensors_held(self.model)
         weight = 0.0 if self.ema is None else self.ema.advance()
         if self.fast and inputs[0].shape not in self._compiled_for:
             run = self._compile
@@ -197,9 +197,10 @@ class TrainStep:
         averaged = copied_now(self.model).eval()
         if self.ema is not None:
             self.ema.follow()
+            tensors = named_tensors(averaged)
             with torch.no_grad():
                 for name, mean in named_tensors(self.ema.module).items():
-                    named_tensors(averaged)[name].copy_(mean)
+                    tensors[name].copy_(mean)
         return averaged
 
     @property
